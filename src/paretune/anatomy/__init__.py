@@ -1,0 +1,19 @@
+"""Where a transformer keeps its parts: layers, attention, feed-forward, norms, embeddings, head.
+
+This package alone knows model families (`families.py`), nn.Linear against transformers' Conv1D, and fused weights.
+All functions are pure and work on the meta device. Paths are those of `model.named_modules()`. What a target spec may
+say stands in `sites.py`.
+"""
+
+from __future__ import annotations
+
+from paretune.anatomy.families import Block, Family, Part, Positions, Stack, grouped, per_head, register, share
+from paretune.anatomy.parts import Embeddings, bias_names, embeddings, head, is_text_encoder
+from paretune.anatomy.sites import FFN, GROUPS, Site, Target, norms, resolve, targets
+from paretune.anatomy.structure import LayerList, LayerRef, family, is_linear, is_transposed, layer_lists, layers, weight
+
+__all__ = [
+    "FFN", "GROUPS", "Block", "Embeddings", "Family", "LayerList", "LayerRef", "Part", "Positions", "Site", "Stack", "Target",
+    "bias_names", "embeddings", "family", "grouped", "head", "is_linear", "is_text_encoder", "is_transposed", "layer_lists", "layers",
+    "norms", "per_head", "register", "resolve", "share", "targets", "weight",
+]  # fmt: skip

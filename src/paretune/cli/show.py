@@ -1,0 +1,65 @@
+"""What run, measure, frontier and report print at their end."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from paretune.cli.flags import Budgets
+from paretune.pareto import budgets as limits
+from paretune.pareto.front import Front
+from paretune.reports import table, words
+from paretune.store import Run
+from paretune.units import QUANTITIES
+from paretune.units import show as value
+
+_WIDTH = 160  # of a table that goes to a file or a pipe
+
+
+def run(made: Run) -> None:
+    """Score, costs, where it is and what to do next."""
+    record, cost = made.record, made.record["cost"]
+    interval = None if record["score_low"] is None else (record["score_low"], record["score_high"])
+    rows = [
+        ("recipe", made.recipe),
+        (f"test {record['metric']}", words.with_interval(record["score"], interval)),
+        (f"validation {record['metric']}", words.with_interval(record["validation_score"], None)),
+    ]
+    for quantity in QUANTITIES.values():
+        if quantity.name in cost:
+            rows.append((quantity.label, _cost(made, quantity.name, quantity.unit)))
+    meter = cost["meter"].get("source") or f"none: {cost['reasons']['energy_per_inference_j']}"
+    rows += [("energy meter", meter), ("opens with", record["loads_with"]), ("folder", str(made.folder))]
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        click.echo(f"{label:<{width}}  {text}")
+    folder = shlex.quote(str(made.folder))
+    click.echo(f"\nnext:  paretune predict {folder} new.csv --out predictions.csv\n       paretune export {folder} --to hf --out folder/")
+    if made.folder.parent.name == "runs":
+        click.echo(f"       paretune report {shlex.quote(str(made.folder.parent.parent))}")
+
+
+def _cost(made: Run, name: str, unit: str) -> str:
+    cost = made.record["cost"]
+    if cost[name] is None and name in words.ENERGIES:  # why stands in the meter's line
+        return "-"
+    if cost[name] is None:
+        return f"- ({cost['reasons'][name]})"
+    low_high = cost["intervals"].get(name)
+    around = f" [{value(low_high[0], unit)}, {value(low_high[1], unit)}]" if low_high else ""
+    guess = " (estimate)" if name in words.ENERGIES and cost["meter"].get("estimate") else ""
+    return f"{value(cost[name], unit)}{around}{guess}"
+
+
+def front(runs: Sequence[Run], budgets: Budgets, *, out: Path) -> None:
+    """Writes picture, page and table, and prints the points, the answer to each budget, and where the files are."""
+    found = Front(runs, budgets.battery, rate=budgets.rate, folder=out)
+    written = found.report(out, budgets.under)
+    wide = None if sys.stdout.isatty() else _WIDTH
+    table.show_all(found, [limits.parse(text, found.metric) for text in budgets.under], Console(width=wide))
+    click.echo("\nwritten: " + ", ".join(map(str, written)))

@@ -1,0 +1,207 @@
+"""The verbs, in the order of the walk: load, adapt, fit, shrink, measure, run, frontier, export. The first file to read.
+
+load -> adapt -> fit -> shrink -> measure -> frontier -> report / predict / export
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from paretune import allotment, backbones, exports, inference, phases, runs, surgery, training
+from paretune.errors import Incompatible
+from paretune.inference import Bench
+from paretune.meters.cost import Cost, unmeasured
+from paretune.methods.modifiers.schedule import Schedule
+from paretune.options import Options
+from paretune.pareto.front import Front
+from paretune.phases import Plan, shrink
+from paretune.recipe import Recipe, as_recipe
+from paretune.roles import Adapter, Method, Modifier
+from paretune.store import Run
+from paretune.tasks import Task
+
+__all__ = ["adapt", "export", "fit", "frontier", "load", "measure", "processor", "read_run", "run", "shrink"]
+
+# What a frontier runs when no recipe is named: from a trained head to full fine-tuning, with and without shrinking.
+# Recipes that begin alike share that work.
+DEFAULT_RECIPES = (
+    "head",
+    "head | int8",
+    "bitfit",
+    "adapter",
+    "lora(r=8)",
+    "lora(r=8) | merge | int8",
+    "lora(r=8) | merge | vocabulary | int8",
+    "top_layers(k=2)",
+    "keep_layers | full",
+    "keep_layers | full | vocabulary | int8",
+    "full",
+    "full | int8",
+    "full | vocabulary | int8",
+)
+
+
+def load(backbone: str, task: Task | None = None, *, seed: int = 0) -> nn.Module:
+    """A plain transformers model with the task's head, in evaluation mode, ready to adapt.
+
+    Args:
+        backbone: a short name ("minilm"), a folder that save_pretrained wrote (adapters on it are restored), or a hub id.
+        task: decides the head; without one the model has none.
+        seed: of the head.
+    """
+    return backbones.load(backbones.find(backbone), task, seed=seed)
+
+
+def processor(model: nn.Module) -> Any:
+    """The tokenizer or image processor that travels with the model; None where there is none."""
+    return surgery.state(model).processor
+
+
+def adapt(model: nn.Module, methods: str | Method | Recipe, *, name: str = "default", on_top: bool = False, seed: int = 0) -> nn.Module:
+    """Attaches the adapters of one phase; only they and the task's head learn from here on.
+
+    Args:
+        model: stays the same object.
+        methods: an adapter, or several joined by +.
+        name: to switch, remove or route rows by.
+        on_top: keep the adapters that are active now below the new ones.
+        seed: of the adapters' initial values.
+    """
+    (phase,) = as_recipe(methods).check().phases
+    head = all(m.head for m in phase if isinstance(m, Schedule))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        surgery.attach(model, [m for m in phase if isinstance(m, Adapter)], name=name, on_top=on_top, head=head)
+    return model
+
+
+def fit(model: nn.Module, task: Task, *modifiers: Modifier, seed: int = 0, report: Callable[[dict[str, Any]], None] | None = None) -> training.Fitted:
+    """Trains what `adapt` attached, on the task's training split; keeps the epoch that is best on validation.
+
+    Args:
+        modifiers: of this phase, a `Schedule` among them for rates and epochs.
+        seed: of the order of examples.
+        report: is told epoch, step, loss and examples per second.
+
+    Raises:
+        Incompatible: where nothing is attached.
+        Diverged: when the loss is not a number.
+    """
+    attached = [m for methods in surgery.state(model).adapters.values() for m in methods]
+    if not attached:
+        raise Incompatible("fit: nothing is attached to the model, so nothing would learn; adapt it first, as in pt.adapt(model, pt.LoRA())")
+    schedule = next((m for m in modifiers if isinstance(m, Schedule)), Schedule())
+    if schedule.lr is None:
+        schedule = Schedule(**{**schedule.knobs(defaults=True), "lr": phases.default_lr(tuple(attached), model.config)})
+    settings = training.Settings(seed=seed, device=str(next(model.parameters()).device), report=report)
+    return training.fit(model, task, schedule, modifiers=modifiers, settings=settings)
+
+
+def measure(model: nn.Module, task: Task, *, options: Options = Options()) -> Cost:  # noqa: B008
+    """What an inference of this model costs: latency, throughput, energy, FLOPs; on the task's test examples."""
+    (found,) = inference.measured({"model": Bench(model.eval(), task)}, options.metering).values()
+    cost = unmeasured("only inference was measured; `pt.run` measures training, size and peak memory").with_readings(found["readings"])
+    trainable, in_head = surgery.count(model)
+    return Cost.from_json({**cost.to_json(), "meter": found["meter"], "protocol": found["protocol"],
+                           "trainable_parameters": trainable, "head_parameters": in_head})  # fmt: skip
+
+
+def run(
+    recipe: str | Method | Recipe,
+    task: Task,
+    *,
+    backbone: str,
+    out: str | Path = "out",
+    seed: int = 0,
+    resume: bool = False,
+    options: Options = Options(),
+) -> Run:  # noqa: B008
+    """Trains, shrinks, scores and measures one recipe; the result is `out/runs/<id>/`.
+
+    Raises:
+        Incompatible: before anything runs, where the recipe does not compose.
+        StoreError: where this run was begun before and `resume` is not set.
+    """
+    runs.set_threads(options)
+    plan = _plan(as_recipe(recipe), task, backbone, Path(out), seed, options)
+    runs.refuse_existing([plan], plan.out, resume=resume)
+    made = runs.make(plan, str(as_recipe(recipe)))
+    return made if runs.is_measured(made) else runs.measure([made], plan.task, options, progress=_measuring(options))[0]
+
+
+def _measuring(options: Options) -> Callable[[str, int, int], None] | None:
+    report = options.report
+    return (lambda what, done, of: report({"measuring": what, "done": done, "of": of})) if report else None
+
+
+def _plan(recipe: Recipe, task: Task, backbone: str, out: Path, seed: int, options: Options) -> Plan:
+    found = backbones.find(backbone)
+    if options.training.max_train:
+        task = task.subset(options.training.max_train, seed=0)
+    return Plan(phases.complete(recipe, found, task, options), task, found, seed, out, options)
+
+
+def plan_frontier(
+    task: Task, *, backbone: str, recipes: Sequence[str] | None = None, seeds: int = 1, out: str | Path = "out", options: Options = Options()
+) -> list[tuple[str, Plan]]:  # noqa: B008
+    """(recipe as written, plan) of every run of a frontier, all checked; nothing is trained.
+
+    With a time budget among the options, the training examples are cut to what it allows on this machine.
+    """
+    texts = dict.fromkeys(str(as_recipe(r)) for r in (recipes or DEFAULT_RECIPES))
+    plans = [(text, _plan(as_recipe(text), task, backbone, Path(out), seed, options)) for seed in range(seeds) for text in texts]
+    if options.training.time_budget_s is None:
+        return plans
+    max_train = allotment.remembered(Path(out), plans, options)
+    fewer = dataclasses.replace(options, training=dataclasses.replace(options.training, time_budget_s=None, max_train=max_train))
+    return plan_frontier(task, backbone=backbone, recipes=recipes, seeds=seeds, out=out, options=fewer)
+
+
+def frontier(
+    task: Task, *, backbone: str, recipes: Sequence[str] | None = None, seeds: int = 1, battery: str | None = None,
+    out: str | Path = "out", resume: bool = False, options: Options = Options(),
+) -> Front:  # noqa: B008  # fmt: skip
+    """Runs recipes over seeds, each shared phase once, measures them interleaved, and gives the frontier.
+
+    Raises:
+        Incompatible: before anything runs, where a recipe does not compose.
+        StoreError: where the folder holds work begun before and `resume` is not set.
+    """
+    runs.set_threads(options)
+    plans = plan_frontier(task, backbone=backbone, recipes=recipes, seeds=seeds, out=out, options=options)
+    runs.refuse_existing([plan for _, plan in plans], Path(out), resume=resume)
+    made = []
+    for i, (text, plan) in enumerate(plans):
+        made.append(runs.make(_telling(plan, recipe=text, run=i + 1, runs=len(plans)), text))
+    open_runs = [r for r in made if not runs.is_measured(r)]
+    if open_runs:
+        runs.measure(open_runs, plans[0][1].task, options, progress=_measuring(options))
+    return Front([Run.read(r.folder) for r in made], battery, folder=Path(out))
+
+
+def _telling(plan: Plan, **where: Any) -> Plan:
+    """The plan, whose progress says which run of how many it is."""
+    report = plan.options.report
+    told = (lambda info: report({**info, **where})) if report else None
+    return dataclasses.replace(plan, options=dataclasses.replace(plan.options, report=told))
+
+
+def read_run(folder: str | Path) -> Run:
+    """A finished run."""
+    return Run.read(folder)
+
+
+def export(run: Run | str | Path, folder: str | Path, *, to: str = "hf") -> Path:
+    """Writes a run's model for others: "hf" a Hugging Face folder, "peft" a PEFT adapter folder where the format has the method.
+
+    Raises:
+        Incompatible: for a run whose methods the format has not.
+        StoreError: for a folder that holds something already.
+    """
+    return exports.write(run if isinstance(run, Run) else Run.read(run), Path(folder), to=to)

@@ -1,0 +1,179 @@
+"""`AutoModel.from_pretrained(folder)` opens our folders: adapted and packed models, after `import paretune`.
+
+What a plain config cannot say (which patches sit where, which linear maps are packed) stands in the config as a
+quantization method named "paretune". Without paretune the folder does not open, with an error that says what to import:
+a backbone without its patches, beside norms or a head that were trained with them, would be a damaged model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.abc
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+NAME = "paretune"
+FORMAT = 1
+# The config asks for an attention of this name: transformers stops at it, and our loader takes it away. A plain selection has
+# none, for its file is the trained model whoever opens it.
+SENTENCE = "paretune (import paretune before opening this folder)"
+
+
+def record(model: Any) -> dict[str, Any] | None:
+    """What must be rebuilt before the weights of this model can be loaded; None for a plain model."""
+    from paretune import surgery
+    from paretune.seams import Selected
+
+    patches, selected = [], []
+    for path, _, seam in surgery.seams_of(model):
+        for adapter, key, patch in seam.patches():
+            if isinstance(patch, Selected):
+                selected.append({"adapter": adapter, "key": key, "module": path, "names": list(patch.names)})
+            else:
+                site = {**dataclasses.asdict(patch.site), "rows": _short(patch.site.rows)}
+                patches.append({"adapter": adapter, "key": key, "method": patch.method.spell(), "site": site})
+    packed = [{"path": p, "method": m.packed_by} for p, m in model.named_modules() if hasattr(m, "packed_by")]
+    if not (patches or selected or packed):
+        return None
+    here = surgery.state(model)
+    adapters = {name: [m.spell() for m in methods] for name, methods in here.adapters.items()}
+    return {"quant_method": NAME, "format": FORMAT, "adapters": adapters, "active": list(here.active),
+            "patches": patches, "selected": selected, "packed": packed}  # fmt: skip
+
+
+def _short(rows: tuple[int, ...] | None) -> Any:
+    """Rows as the config keeps them: a run of neighbors as its ends."""
+    from paretune.seams import contiguous
+
+    return {"from": rows[0], "to": rows[-1]} if rows and contiguous(rows) else rows
+
+
+def _long(rows: Any) -> tuple[int, ...] | None:
+    if rows is None:
+        return None
+    return tuple(range(rows["from"], rows["to"] + 1)) if isinstance(rows, dict) else tuple(rows)
+
+
+def refresh(model: Any) -> None:
+    """Brings the config up to date with what is on the model, so that `save_pretrained` is always right."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    now = record(model)
+    config.__dict__.pop("attn_implementation", None)
+    if now is not None:
+        config.quantization_config = now
+        if now["patches"] or now["packed"]:
+            config.__dict__["attn_implementation"] = SENTENCE
+    elif getattr(config, "quantization_config", None) is not None and dict(config.quantization_config).get("quant_method") == NAME:
+        del config.quantization_config
+
+
+def rebuild(model: Any, wanted: dict[str, Any]) -> None:
+    """Gives a plain model the patches and packed modules that the record names; their values are loaded later."""
+    from paretune import surgery
+    from paretune.anatomy import Site
+    from paretune.recipe import parse
+
+    for item in wanted["packed"]:
+        method = _method(item["method"])
+        surgery.replace(model, item["path"], method.empty(model.get_submodule(item["path"])))
+    here = surgery.state(model)
+    for name, methods in wanted["adapters"].items():
+        here.adapters[name] = tuple(m for text in methods for m in parse(text).phases[0])
+    for item in wanted["patches"]:
+        site = Site(**{**item["site"], "rows": _long(item["site"]["rows"])})
+        surgery.install(model, item["adapter"], _method(item["method"]), site, key=item["key"])
+    for item in wanted["selected"]:
+        surgery.select(model, item["adapter"], item["key"], [f"{item['module']}.{n}".lstrip(".") for n in item["names"]])
+    for _, _, seam in surgery.seams_of(model):
+        seam.active = tuple(wanted["active"])  # the file holds the values as they were, so nothing is exchanged
+    here.active = tuple(wanted["active"])
+    surgery.freeze(model)
+
+
+def _method(text: str) -> Any:
+    from paretune.recipe import parse
+
+    ((method,),) = parse(text).phases
+    return method
+
+
+def _register(module: ModuleType) -> None:
+    """Adds our loading step to transformers' quantizers."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if NAME in module.AUTO_QUANTIZER_MAPPING:
+        return
+
+    class ParetuneConfig(QuantizationConfigMixin):
+        """The record as transformers wants it: an object whose attributes are the record's fields."""
+
+        def __init__(self, **fields: Any) -> None:
+            self.__dict__.update(fields)
+
+    class ParetuneLoader(HfQuantizer):
+        """Rebuilds the model's shape before its weights are loaded."""
+
+        serialized_names: dict[str, tuple[str, ...]] = {}
+
+        def update_attn_implementation(self, config: Any) -> Any:
+            if config._attn_implementation == SENTENCE:
+                config._attn_implementation = None
+            return config
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+            rebuild(model, self.quantization_config.to_dict())
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            refresh(model)
+            model.is_quantized = False  # Trainer may train the adapters
+            del model.hf_quantizer, model.quantization_method
+            return model
+
+        def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> None:
+            """Every tensor keeps the number format of the file: packed codes, fp32 adapters, a bf16 backbone."""
+            return None
+
+        def is_serializable(self) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+    module.register_quantization_config(NAME)(ParetuneConfig)
+    module.register_quantizer(NAME)(ParetuneLoader)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Runs `_register` right after transformers' quantizers are first imported, so that `import paretune` stays light."""
+
+    target = "transformers.quantizers.auto"
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> Any:
+        if fullname != self.target:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: Any) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _register(module)
+
+
+def install() -> None:
+    """Makes transformers able to open our folders, now or as soon as it is imported."""
+    if _AfterImport.target in sys.modules:
+        _register(sys.modules[_AfterImport.target])
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())

@@ -1,0 +1,164 @@
+"""Using a finished run: open its model, answer new rows, and measure what an answer costs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig
+
+from paretune import backbones, store, tasks, training
+from paretune.errors import DataError, MeterError
+from paretune.meters import energy, flops, memory, protocol, throughput
+from paretune.meters.reading import Reading, missing
+from paretune.options import Metering
+from paretune.tasks import Task
+
+SAMPLE = 200  # test examples that a measurement cycles through
+CHUNK = 256  # rows read, answered and written at a time
+
+
+def open_model(folder: str | Path, task: Task) -> nn.Module:
+    """The model saved in a folder, with its processor, in evaluation mode.
+
+    Raises:
+        StoreError: for a folder that holds no model, or one with missing or foreign tensors.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise store.StoreError(f"{folder} holds no model; give a run folder that `paretune run` wrote")
+    with backbones.quiet():
+        auto = getattr(transformers, task.kind.auto_class_for(AutoConfig.from_pretrained(folder)))
+        model, info = auto.from_pretrained(folder, output_loading_info=True)
+    wrong = {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}
+    if wrong:
+        raise store.StoreError(f"{folder}: the file and the model do not match ({wrong}); it was damaged or changed")
+    backbones.travel(model, backbones.read_processor(str(folder), {}))
+    return model.eval()
+
+
+def task_of(run: store.Run) -> Task:
+    """The task of a run without its rows: enough to read new ones and to name the answers."""
+    return tasks.blank(run.record["task_definition"])
+
+
+def answers(run: store.Run, rows: Iterable[Any]) -> list[dict[str, Any]]:
+    """One answer per row; see `Run.predict`."""
+    return list(stream(run, rows))
+
+
+def stream(run: store.Run, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Answers for rows as they come, a few hundred in memory at a time.
+
+    Raises:
+        DataError: for a row that is neither a text nor a dict with the task's columns.
+    """
+    task = task_of(run)
+    model = open_model(run.folder / "model", task)
+    rows = iter(rows)
+    while chunk := [_row(task, row) for row in itertools.islice(rows, CHUNK)]:
+        for prediction in training.predict(model, task, chunk):
+            yield task.kind.answer(task, prediction)
+
+
+def _row(task: Task, row: Any) -> dict[str, Any]:
+    inputs = [column for role, column in task.columns.items() if role != "label"]
+    if isinstance(row, dict):
+        absent = [column for column in inputs if column not in row]
+        if absent:
+            raise DataError(f"a row lacks the column {absent[0]!r}; the model reads {', '.join(inputs)}, the row has {', '.join(row)}")
+        return row
+    values = [row] if isinstance(row, str) or len(inputs) == 1 else list(row)
+    if len(values) != len(inputs):
+        raise DataError(f"a row has {len(values)} texts and the model reads {len(inputs)}: {', '.join(inputs)}")
+    return dict(zip(inputs, values, strict=True))
+
+
+class Bench:
+    """One model and fixed test examples, ready to be timed. Reading text into tokens is not part of what is timed."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        self.model, self.task = model, task
+        encodings = training.encode(task, task.test[:SAMPLE], model)
+        if not encodings:
+            raise MeterError("there are no test examples to measure on")
+        processor = training._processor(model)
+        device = next(model.parameters()).device
+        self._batch = lambda es: {k: v.to(device) for k, v in task.kind.inputs(task.kind.collate(es, processor)).items()}
+        self.encodings = encodings
+        self.singles = itertools.cycle([self._batch([e]) for e in encodings])
+
+    def one(self) -> None:
+        """One inference of batch 1, the next example in turn."""
+        self._run(next(self.singles))
+
+    def many(self, n: int) -> Callable[[], None]:
+        """Runs a batch of n examples of like length, the middle one's: long and short ones are batched apart in use."""
+        by_length = sorted(self.encodings, key=self.task.kind.length)
+        start = max(0, (len(by_length) - n) // 2)
+        batch = self._batch([by_length[(start + i) % len(by_length)] for i in range(n)])
+        return lambda: self._run(batch)
+
+    def throughput(self) -> Reading:
+        """Examples per second at the best batch."""
+        batches: dict[int, Callable[[], None]] = {}
+
+        def run(n: int) -> None:
+            if n not in batches:
+                batches.clear()
+                batches[n] = self.many(n)
+            batches[n]()
+
+        return throughput.best_throughput(run, largest=128, seconds=0.2)[0]
+
+    def flops(self) -> Reading:
+        """FLOPs of an inference: the mean over the deciles of the length."""
+        by_length = sorted(self.encodings, key=self.task.kind.length)
+        picked = [by_length[round(q * (len(by_length) - 1))] for q in np.linspace(0.05, 0.95, 10)]
+        readings = [flops.forward(lambda b=self._batch([e]): self.model(**b), self.model) for e in picked]
+        return sum(readings[1:], readings[0]).times(1 / len(readings), "FLOP")
+
+    def _run(self, batch: dict[str, torch.Tensor]) -> None:
+        with torch.inference_mode():
+            self.model(**batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def measured(benches: dict[str, Bench], metering: Metering, *, progress: Callable[[int, int], None] | None = None) -> dict[str, dict[str, Any]]:
+    """What an inference of each model costs, measured in turn: {"readings": {...}, "meter": {...}, "protocol": ...} by name."""
+    device = str(next(next(iter(benches.values())).model.parameters()).device)
+    plan = protocol.PROTOCOLS[metering.protocol]
+    meter = energy.find(metering.power, metering.profile, log=metering.log, device=device, window_s=plan.window_s)
+    timings = protocol.measure({name: bench.one for name, bench in benches.items()}, meter, protocol=plan, progress=progress)
+    found = {}
+    for name, bench in benches.items():
+        readings = {**timings[name].readings(), "throughput_per_s": bench.throughput(), "flops_per_inference": bench.flops()}
+        about = {**timings[name].meter, "aa_wall": timings[name].aa_wall, "aa_cpu": timings[name].aa_cpu, "windows_note": timings[name].note}
+        found[name] = {"readings": readings, "meter": about, "protocol": plan.name}
+    return found
+
+
+def peak_memory(folders: Sequence[Path]) -> list[Reading]:
+    """Peak memory of a process that opens a saved model and answers, for each run folder: its highest resident size over that before the model."""
+    try:
+        return [
+            found.over_mb
+            for found in memory.child_peaks("paretune.inference:_one_pass", [[str(f)] for f in folders], timeout_s=60 + 60 * len(folders))
+        ]
+    except MeterError as error:
+        return [missing("MB", str(error)) for _ in folders]
+
+
+def _one_pass(folder: str) -> None:
+    run = store.Run.read(folder)
+    task = task_of(run)
+    model = open_model(run.folder / "model", task)
+    examples: Sequence[Any] = store.read_json(run.folder / "sample.json")
+    training.predict(model, task, examples, batch=1)

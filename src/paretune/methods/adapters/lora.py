@@ -1,0 +1,73 @@
+"""Low-rank adaptation: a frozen weight plus a trained product of two thin matrices.
+
+    h = W x + s · B A x,   A (r, I), B (O, r),   s = alpha / r,  or alpha / √r when rank-stabilized
+
+A starts random (Kaiming uniform) and B at zero, so the adapted model starts as its backbone. Hu et al. 2021,
+arXiv:2106.09685, section 4.1; the rank-stabilized factor is Kalajdzievski 2023, arXiv:2312.03732.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paretune import anatomy
+from paretune.anatomy import Site
+from paretune.card import Card, knob
+from paretune.roles import Adapter
+from paretune.seams import Patch
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LoRA(Adapter):
+    """Trains B and A of every targeted linear map."""
+
+    card = Card(
+        title="Low-rank adaptation (LoRA)",
+        paper="Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models",
+        arxiv="2106.09685",
+        equation="h = W x + (alpha / r) B A x",
+        lowers="E",
+        why="No gradient of a frozen weight is computed and no optimizer state kept for it; merged, inference costs nothing more.",
+        lr=3e-3,
+        exact_at_start=True,
+        note="alpha defaults to 2r; the paper sets alpha to the first r tried and keeps it.",
+    )
+    additive = True
+
+    r: int = knob(8, "rank of the update", low=1, search="2..64 log")
+    alpha: float | None = knob(None, "scale of the update, divided by r; None is 2r", low=0.0)
+    dropout: float = knob(0.0, "share of the inputs of A set to zero in training", low=0.0, high=1.0)
+    targets: str | tuple[str, ...] = knob("attention", "which linear maps: places or module paths", search="query value, attention, ffn, linear")
+    rank_stabilized: bool = knob(False, "scale by alpha / √r instead of alpha / r")
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        return anatomy.resolve(model, self.targets, kind="linear")
+
+    def patch(self, site: Site) -> Patch:
+        return LowRank(site, self)
+
+
+class LowRank(Patch):
+    """s · B A at one linear map."""
+
+    def __init__(self, site: Site, knobs: LoRA) -> None:
+        super().__init__(site)
+        alpha = 2.0 * knobs.r if knobs.alpha is None else knobs.alpha
+        self.scale = alpha / (math.sqrt(knobs.r) if knobs.rank_stabilized else knobs.r)
+        self.dropout = knobs.dropout
+        self.A = nn.Parameter(torch.empty(knobs.r, site.in_features))
+        self.B = nn.Parameter(torch.zeros(site.out_features, knobs.r))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        update = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)  # (B, T, I) -> (B, T, r) -> (B, T, O)
+        return y + self.scale * update.to(y.dtype)
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
+        return self.scale * (self.B.float() @ self.A.float()), None  # ΔW = s B A

@@ -1,0 +1,46 @@
+"""Merging: the adapters become part of the weights, and inference costs what the backbone costs.
+
+    W ← W + ΔW,   b ← b + Δb       for every patch, in the order of attachment, in fp32
+
+Hu et al. 2021, arXiv:2106.09685, section 4.1 (no additional inference latency).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from paretune import surgery
+from paretune.card import Card
+from paretune.errors import Incompatible
+from paretune.roles import Examples, Trail, Transform
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Merge(Transform):
+    """Folds all attached adapters into the backbone."""
+
+    card = Card(
+        title="Merging",
+        paper="Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models",
+        arxiv="2106.09685",
+        equation="W = W + ΔW",
+        lowers="E",
+        why="An inference computes W x once instead of W x and the adapter's share; afterwards adapters cannot be switched.",
+        note="Equal to the unmerged model within rounding: ΔW is added in fp32 and rounded to the weight's format.",
+    )
+
+    def follow(self, trail: Trail) -> Trail:
+        if not trail.attached:
+            raise Incompatible("merge: no adapter is attached before it; put one in front, such as lora | merge")
+        stuck = next((m for m in trail.attached if not m.foldable), None)
+        if stuck is not None:
+            raise Incompatible(f"merge: {stuck!r} is no change of the weights and cannot be folded; leave merge out, the model saves with it")
+        if trail.weights != "float":
+            raise Incompatible(f"merge: {trail.by} left {trail.weights} weights, and a merge adds to float ones; put merge before {trail.by}")
+        return trail.replace(attached=())
+
+    def apply(self, model: nn.Module, examples: Examples | None = None) -> nn.Module:
+        surgery.merge(model)
+        return model

@@ -1,0 +1,202 @@
+"""A recipe at work: phase after phase, each done once per (recipe so far, backbone, data, seed) and kept for others to share."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from paretune import backbones, hub, inference, processors, registry, store, surgery, training
+from paretune.backbones import Backbone
+from paretune.errors import Incompatible
+from paretune.meters import energy
+from paretune.meters.memory import Peak
+from paretune.methods.modifiers.schedule import Schedule
+from paretune.options import Options
+from paretune.recipe import Phase, Recipe, is_training, spell
+from paretune.roles import Adapter, Examples, Modifier, Readout, Transform
+from paretune.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that decides what a run computes, and where it is kept."""
+
+    recipe: Recipe  # complete: every training phase has its schedule
+    task: Task
+    backbone: Backbone
+    seed: int
+    out: Path
+    options: Options = Options()
+
+    def identity(self, k: int) -> str:
+        """The name of the first k phases' result."""
+        return store.identity({
+            "recipe": self.recipe.prefix(k).resolved, "backbone": self.backbone.revision, "weights": self.backbone.weights_sha256,
+            "task": self.task.fingerprint, "seed": self.seed,
+        })  # fmt: skip
+
+    @property
+    def id(self) -> str:
+        """The run's name."""
+        return self.identity(len(self.recipe.phases))
+
+    def folder(self, k: int) -> Path:
+        """Where the result of the first k phases is kept."""
+        return self.out / "phases" / self.identity(k)
+
+
+def complete(recipe: Recipe, backbone: Backbone, task: Task, options: Options) -> Recipe:
+    """The recipe with a schedule in every training phase, learning rates from the adapters' cards filled in.
+
+    Raises:
+        Incompatible: where it does not compose, or nothing in it gives the task an answer that the checkpoint does not have.
+    """
+    answers = any(is_training(phase) or isinstance(phase[0], Readout) for phase in recipe.phases)
+    if not answers and not backbones.has_head(backbone, task):
+        raise Incompatible(
+            f"{recipe}: nothing learns, and {backbone.name} has no head for the task {task.name}; train first, as in lora | merge | {recipe}, "
+            "or give a backbone that was fine-tuned for these labels"
+        )
+    config = AutoConfig.from_pretrained(backbone.source)
+    return Recipe(tuple(_scheduled(phase, options, config) if is_training(phase) else phase for phase in recipe.check().phases))
+
+
+def _scheduled(phase: Phase, options: Options, config: Any) -> Phase:
+    given = next((m for m in phase if isinstance(m, Schedule)), None)
+    asked = {k: getattr(options.training, k) for k in ("epochs", "lr", "batch", "dtype") if getattr(options.training, k) is not None}
+    schedule = given or Schedule(**asked)
+    if schedule.lr is None:
+        schedule = dataclasses.replace(schedule, lr=default_lr(phase, config))
+    return (*(m for m in phase if not isinstance(m, Schedule)), schedule)
+
+
+BASE_SIZE = 12 * 768  # layers times width of the base models that most published rates are for
+
+
+def default_lr(phase: Phase, config: Any) -> float:
+    """The lowest rate of the phase's adapters; one that moves whole weights falls with the size of the model."""
+    size = (getattr(config, "num_hidden_layers", None) or 12) * (getattr(config, "hidden_size", None) or 768)
+    rates = [m.card.lr * (BASE_SIZE / size if m.card.lr_falls_with_size else 1.0) for m in phase if isinstance(m, Adapter) and m.card.lr]
+    return float(f"{min(rates, default=1e-3):.3g}")
+
+
+def walk(plan: Plan) -> list[dict[str, Any]]:
+    """Does what is not done yet; afterwards `plan.folder(len(phases))` holds the model. Returns the phases' records."""
+    records: list[dict[str, Any]] = []
+    model: nn.Module | None = None
+    for k in range(1, len(plan.recipe.phases) + 1):
+        folder = plan.folder(k)
+        with store.locked(folder):
+            if (folder / "phase.json").is_file():
+                records.append(store.read_json(folder / "phase.json"))
+                model = None
+                continue
+            model = model or _before(plan, k)
+            records.append(_execute(plan, k, model))
+    if not plan.recipe.phases:
+        raise Incompatible("the recipe is empty")
+    return records
+
+
+def _before(plan: Plan, k: int) -> nn.Module:
+    if k == 1:
+        return backbones.load(plan.backbone, plan.task, seed=plan.seed)
+    return inference.open_model(plan.folder(k - 1) / "model", plan.task)
+
+
+def _execute(plan: Plan, k: int, model: nn.Module) -> dict[str, Any]:
+    phase, folder = plan.recipe.phases[k - 1], plan.folder(k)
+    torch.manual_seed(int(plan.identity(k), 16) % 2**63)
+    work = folder.with_name(folder.name + ".work")
+    record = {"id": plan.identity(k), "spelling": spell((phase,)), "role": "training" if is_training(phase) else phase[0].role}
+    before = processors.get(model)
+    record |= _train(plan, k, model, work) if is_training(phase) else _metered(plan, lambda: shrink(model, phase[0], plan.task))
+    if isinstance(phase[0], Transform):
+        record["facts"] = phase[0].facts(before, model, plan.task)
+    store.require_space(folder, sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6 * 1.1)
+    with store.written(folder) as part:
+        save_model(model, part / "model")
+        store.write_json(part / "phase.json", record)
+    shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def _train(plan: Plan, k: int, model: nn.Module, work: Path) -> dict[str, Any]:
+    phase = plan.recipe.phases[k - 1]
+    schedule = next(m for m in phase if isinstance(m, Schedule))
+    adapters = [m for m in phase if isinstance(m, Adapter)]
+    surgery.attach(model, adapters, name=f"phase_{k}", on_top=True, head=schedule.head)
+    trainable, in_head = surgery.count(model)
+    report = plan.options.report
+    settings = training.Settings(
+        seed=plan.seed, device=plan.options.compute.device, folder=work, name=str(plan.recipe),
+        report=(lambda info: report({**info, "phase": k, "phases": len(plan.recipe.phases)})) if report else None,
+    )  # fmt: skip
+    modifiers = [m for m in phase if isinstance(m, Modifier)]
+    fitted: list[training.Fitted] = []
+    record = _metered(plan, lambda: fitted.append(training.fit(model, plan.task, schedule, modifiers=modifiers, settings=settings)))
+    each = training.flops_per_example(model, plan.task, schedule)
+    surgery.freeze(model)
+    surgery.settle(model)
+    (fit,) = fitted
+    return record | {
+        "trainable_parameters": trainable, "head_parameters": in_head, "examples": fit.examples, "steps": fit.steps, "epochs": fit.epochs,
+        "best_epoch": fit.best_epoch, "dtype": fit.dtype, "attention": fit.attention, "train_flops": None if each is None else each * fit.examples,
+    }  # fmt: skip
+
+
+def _metered(plan: Plan, work: Callable[[], Any]) -> dict[str, Any]:
+    metering = plan.options.metering
+    meter = energy.find(metering.power, metering.profile, device=plan.options.compute.device)
+    with Peak(plan.options.compute.device) as peak:
+        start = meter.now()
+        work()
+        end = meter.now()
+    joules = meter.between(start, end)
+    return {
+        "train_s": end.wall_s - start.wall_s, "train_cpu_s": end.cpu_s - start.cpu_s, "train_energy_j": joules.value,
+        "energy_reason": joules.reason, "train_peak_mb": peak.reading.value if peak.reading else None,
+        "trainable_parameters": 0, "head_parameters": 0, "examples": 0, "train_flops": 0.0,
+    }  # fmt: skip
+
+
+def shrink(model: nn.Module, method: Any, task: Task | None = None) -> nn.Module:
+    """One transform or readout applied to a model, with the training split where it asks for examples.
+
+    Raises:
+        Incompatible: for a method that needs examples and no task, or that is no transform or readout.
+    """
+    if not isinstance(method, Transform | Readout):
+        raise Incompatible(f"{method!r} is {method.role}, not a transform or readout; use adapt and fit for what learns")
+    needs = isinstance(method, Readout) or method.needs_examples
+    if needs and task is None:
+        raise Incompatible(f"{method!r} reads training examples; give the task: shrink(model, {method!r}, task)")
+    examples = Examples(task, surgery.state(model).processor) if task else None
+    if isinstance(method, registry.get("merge")) and not surgery.state(model).active:
+        surgery.settle(model)  # what was selected was folded when its phase ended
+    elif isinstance(method, Readout):
+        method.fit(model, examples)
+    else:
+        method.apply(model, examples)
+    hub.refresh(model)
+    return model
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """The model and its processor in Hugging Face format."""
+    with backbones.quiet():
+        model.save_pretrained(folder)
+        processors.save(model, folder)
+
+
+def loads_with(folder: Path) -> str:
+    """What opens a saved model: "transformers", or "transformers+paretune"."""
+    about = store.read_json(folder / "config.json").get("quantization_config") or {}
+    return "transformers+paretune" if about.get("quant_method") == hub.NAME else "transformers"

@@ -1,0 +1,127 @@
+"""README.md of a run folder: a model card as the Hugging Face hub reads it, with scores, costs and how they were measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from paretune.meters.cost import MEASURED, Cost
+from paretune.pareto.records import Record, interval, named, value
+from paretune.reports import words
+from paretune.units import QUANTITIES, show
+
+_USE = '''import paretune as pt
+
+run = pt.read_run("path/of/this/folder")
+print(run.predict(["a new text"]))'''
+
+
+def save(record: Record, folder: Path, *, license_id: str | None = None) -> Path:
+    """Writes the card of a run into its folder; returns the path."""
+    path = folder / "README.md"
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(render(record, license_id=license_id), encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def render(record: Record, *, license_id: str | None = None) -> str:
+    """The card as Markdown.
+
+    Args:
+        record: the run's record.
+        license_id: the backbone's license as the hub names it, "apache-2.0"; None where it is not known, and the card says so.
+    """
+    score = words.with_interval(record["score"], interval(record, "score"))
+    sections = {
+        "What it is": _facts(record, license_id),
+        "Use": _block("python", _USE),
+        "Scores": _scores(record),
+        "Costs": [*_costs(record), "", _meter(Cost.from_json(record["cost"]))],
+        "Run it again": _block("sh", words.command(record)),
+    }
+    head = [f"# {_plain(record['backbone'])} for {_plain(record['task'])}", "",
+            f"Made by paretune with the recipe {_code(record['recipe'])}; {_plain(record['metric'])} on the test split {score}."]  # fmt: skip
+    body = [line for title, lines in sections.items() for line in ("", f"## {title}", "", *lines)]
+    return "\n".join([*_front_matter(record, license_id), *head, *body]) + "\n"
+
+
+def _facts(record: Record, license_id: str | None) -> list[str]:
+    definition = record.get("task_definition", {})
+    classes = ", ".join(_plain(str(label)) for label in definition.get("labels", ()))
+    where = words.machine(record.get("environment", {})) or "machine not stated"
+    facts = {
+        "recipe, all knobs": _code(record.get("resolved") or record["recipe"]),
+        "backbone": f"{_code(record['backbone'])}, revision {_code(str(record.get('backbone_revision') or 'unknown'))}, "
+        f"weights sha256 {_code(record.get('weights_sha256') or 'unknown')}",
+        "license of the backbone": _plain(license_id) if license_id else "not stated by the backbone; ask its authors before you pass this model on",
+        "task": f"{_plain(str(definition.get('kind', 'kind not stated')))}, data {_code(str(definition.get('source') or record['task']))}, "
+        f"fingerprint {_code(record['task_fingerprint'])}",
+        "classes": classes,
+        "made": f"{_plain(record.get('date') or 'date not stated')}, seed {record['seed']}, {_plain(where)}",
+        "loads with": _code(record["loads_with"]),
+    }
+    return [f"- {term}: {text}" for term, text in facts.items() if text]
+
+
+def _front_matter(record: Record, license_id: str | None) -> list[str]:
+    """The hub's header; JSON strings are YAML strings."""
+    library = "transformers" if record["loads_with"].startswith("transformers") else record["loads_with"]
+    stated = [f"license: {json.dumps(license_id)}"] if license_id else []
+    named_by = [f"library_name: {json.dumps(library)}", f"base_model: {json.dumps(record['backbone'])}", *stated]
+    return ["---", *named_by, "tags: [paretune]", f"metrics: [{json.dumps(record['metric'])}]", "---", ""]
+
+
+def _scores(record: Record) -> list[str]:
+    rows = (_score_row("validation", record.get("validation_score"), None), _score_row("test", record["score"], interval(record, "score")))
+    return [f"| {_plain(record['metric'])} | value | 95 % interval |", "|---|---|---|", *rows]
+
+
+def _score_row(split: str, score: float | None, pair: tuple[float, float] | None) -> str:
+    return f"| {split} | {words.with_interval(score, None)} | {f'{pair[0]:.3f} to {pair[1]:.3f}' if pair else '-'} |"
+
+
+def _costs(record: Record) -> list[str]:
+    """A table with one row per cost; what was not measured says why."""
+    rows = ["| quantity | value | 95 % interval |", "|---|---|---|"]
+    for name in MEASURED:
+        unit, text = (named(name).unit, named(name).label) if name in QUANTITIES else ("J", "net energy per inference, above idling")
+        got, pair = value(record, name), interval(record, name)
+        mark = ", estimated" if name in words.ENERGIES and record["cost"]["meter"].get("estimate") else ""
+        if got is None:
+            rows.append(f"| {text} | not measured | {_plain(record['cost']['reasons'][name])} |")
+        else:
+            rows.append(f"| {text}{mark} | {show(got, unit)} | {f'{show(pair[0], unit)} to {show(pair[1], unit)}' if pair else '-'} |")
+    return rows
+
+
+def _meter(cost: Cost) -> str:
+    meter = cost.meter
+    if not meter.get("name") or meter["name"] == "none":
+        return f"Energy was not measured: {_plain(meter.get('note') or cost.reasons.get('energy_per_inference_j', 'no reason given'))}."
+    kind = "estimated" if meter.get("estimate") else "measured"
+    source = _plain(meter.get("source") or "source not stated")
+    text = f"Energy was {kind}; meter: {_plain(meter['name'])}, {source}; protocol {_plain(cost.protocol)}."
+    low, high = meter.get("scale_low", 1.0), meter.get("scale_high", 1.0)
+    return text if (low, high) == (1.0, 1.0) else f"{text} All joules share one unknown factor between {low:.2g} and {high:.2g}."
+
+
+def _block(language: str, text: str) -> list[str]:
+    """A fenced block that nothing in the text can close."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{fence}{language}", text, fence]
+
+
+def _code(text: str) -> str:
+    """Inline code that nothing in the text can close."""
+    text = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if "`" in text else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _plain(text: str) -> str:
+    """Text whose signs mean nothing to Markdown or HTML."""
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(text.split()))

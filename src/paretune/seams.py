@@ -1,0 +1,213 @@
+"""Where an adapter touches a model: patches, and the seam that holds all patches of one module.
+
+A seam is a child module named `paretune` of the module it patches, so the backbone's state-dict keys stay as they are
+and adapter tensors are extra keys: `<module>.paretune.<adapter>.<method>.<tensor>`. The module itself only changes its
+class, to a subclass that asks the seam; `isinstance`, `deepcopy` and `DataParallel` see the same module as before.
+
+Shapes: B rows, T positions, D features of a block, I and O features of a linear map.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from paretune.anatomy import Site
+
+CHILD = "paretune"
+
+
+class Patch(nn.Module):
+    """One method's tensors at one site. `patch(x, y)` gives the output, from the module's input x and output y."""
+
+    wraps: ClassVar[bool] = False  # does it act around the whole call, through `around`?
+
+    def __init__(self, site: Site | None = None) -> None:
+        super().__init__()
+        self.site = site
+
+    def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """For a patch that `wraps`: the module's call, with other inputs or another reading of its outputs."""
+        return forward(*args, **kwargs)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The input (B, T, I) as the patched map shall see it."""
+        return x
+
+    def forward(self, x: Tensor, y: Any) -> Any:
+        """The cheap path: the output y (B, T, O) of the map at the entered input x (B, T, I), patched."""
+        return y
+
+    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The matrix path: what is added to the weight (O, I) and the bias (O), in fp32.
+
+        Only methods whose card does not exclude merging have it.
+        """
+        raise AssertionError(f"{type(self).__name__} has no matrix")
+
+
+class Selected(Patch):
+    """Existing parameters of one module that learn: they are trained in place and this holds their other value.
+
+    While the adapter is active the module has the trained values and this the original ones; a switch exchanges them.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        for name in names:
+            self.register_buffer(name, getattr(module, name).detach().clone())
+
+    def swap(self, module: nn.Module) -> None:
+        """Exchanges the values, without a copy."""
+        for name in self.names:
+            parameter = getattr(module, name)
+            parameter.data, self._buffers[name] = self._buffers[name], parameter.data
+
+
+class Seam(nn.Module):
+    """All patches at one module, by adapter and method; runs the active ones in the order of attachment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.rows: tuple[str | None, ...] | None = None  # one adapter's name per row of the batch, or None for all
+        self.captures: tuple[tuple[str, str], ...] = ()  # (adapter, key): this module's input is kept for a block's parallel adapter
+
+    def patches(self, adapters: Sequence[str] | None = None) -> Iterator[tuple[str, str, Patch]]:
+        """(adapter, method key, patch) of the given adapters, or of all."""
+        for adapter, group in self.named_children():
+            if adapters is None or adapter in adapters:
+                for key, patch in group.named_children():
+                    yield adapter, key, patch  # type: ignore[misc]
+
+    def add(self, adapter: str, key: str, patch: Patch) -> None:
+        """Puts a patch in; a second patch of one method gets a number."""
+        group = self._modules.get(adapter)
+        if group is None:
+            group = nn.Module()
+            self.add_module(adapter, group)
+        number = sum(1 for k in group._modules if re.fullmatch(rf"{key}(_\d+)?", k))
+        group.add_module(f"{key}_{number + 1}" if number else key, patch)
+
+    def run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module's forward with its active patches around it."""
+        names = self.active if self.rows is None else tuple(dict.fromkeys(n for n in self.rows if n is not None))
+        for adapter, key in self.captures:
+            if adapter in names:
+                _waiting.__dict__[key] = _first_input(args, kwargs)
+        patches = [(a, p) for a, _, p in self.patches(names) if not isinstance(p, Selected)]
+        for _, patch in patches:
+            if patch.wraps:
+                forward = functools.partial(patch.around, forward)
+        working = [(a, p) for a, p in patches if not p.wraps]
+        return self._patched(working, forward, args, kwargs) if working else forward(*args, **kwargs)
+
+    def _patched(self, working: list[tuple[str, Patch]], forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        x = _first_input(args, kwargs)
+        inputs = [x]  # what each patch sees, from the outermost inwards
+        for _, patch in reversed(working):
+            inputs.append(patch.enter(inputs[-1]))
+        if inputs[-1] is not x:
+            args, kwargs = _with_first_input(args, kwargs, inputs[-1])
+        out = forward(*args, **kwargs)
+        y = out[0] if isinstance(out, tuple) else out
+        for (adapter, patch), x in zip(working, reversed(inputs[:-1]), strict=True):
+            y = self._applied(adapter, patch, _waiting.__dict__.get(capture_key(patch.site), x), y)
+        for _, patch in working:
+            _waiting.__dict__.pop(capture_key(patch.site), None)
+        return (y, *out[1:]) if isinstance(out, tuple) else y
+
+    def _applied(self, adapter: str, patch: Patch, x: Tensor, y: Any) -> Any:
+        call = functools.partial(_on_rows_of, self.rows, adapter, patch) if self.rows is not None else patch
+        rows = None if patch.site is None else patch.site.rows
+        if rows is None:
+            return call(x, y)
+        if contiguous(rows):
+            start, stop = rows[0], rows[-1] + 1
+            return torch.cat([y[..., :start], call(x, y[..., start:stop]).to(y.dtype), y[..., stop:]], -1)
+        index = torch.tensor(rows, device=y.device)
+        return y.index_copy(-1, index, call(x, y.index_select(-1, index)).to(y.dtype))  # the part (B, T, O of the part)
+
+
+def contiguous(rows: tuple[int, ...]) -> bool:
+    """Are the features next to each other? (They are distinct and in order.)"""
+    return rows[-1] - rows[0] + 1 == len(rows)
+
+
+def _on_rows_of(rows: tuple[str | None, ...], adapter: str, patch: Patch, x: Tensor, y: Tensor) -> Tensor:
+    """The patch on the rows that ask for its adapter; a batch of k times as many rows (beams) repeats each k times."""
+    repeat = y.shape[0] // len(rows)
+    assert repeat * len(rows) == y.shape[0], f"{len(rows)} adapters were named for a batch of {y.shape[0]} rows"
+    mine = torch.tensor([i * repeat + k for i, name in enumerate(rows) if name == adapter for k in range(repeat)], device=y.device)
+    return y.index_copy(0, mine, patch(x.index_select(0, mine), y.index_select(0, mine)).to(y.dtype))
+
+
+def _first_input(args: tuple, kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _with_first_input(args: tuple, kwargs: dict[str, Any], x: Any) -> tuple[tuple, dict[str, Any]]:
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {next(iter(kwargs)): x, **dict(list(kwargs.items())[1:])}
+
+
+# A parallel adapter reads the input of its block's first module and writes to the output of its last. Between the two,
+# within one forward pass of one thread (DataParallel runs one thread per replica), the input waits here.
+_waiting = threading.local()
+
+
+def capture_key(site: Site | None) -> str:
+    """Under which name a block's input waits; the empty text for a site that reads its own module's input."""
+    return "" if site is None or site.source in (None, site.path) else f"{site.source}>{site.path}"
+
+
+class Adapted:
+    """Mixed in front of a module's class while the module has working patches."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        seam: Seam = self._modules[CHILD]  # type: ignore[attr-defined]
+        return seam.run(super().forward, args, kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: int) -> Any:  # the subclass has no importable name; copying and pickling rebuild it
+        return _rebuild, (type(self).__bases__[1],), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+
+@functools.cache
+def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    return type(base.__name__, (Adapted, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = _adapted_class(base)
+    return cls.__new__(cls)
+
+
+def seam_of(module: nn.Module) -> Seam | None:
+    """The seam of a module, if it has one."""
+    return module._modules.get(CHILD)  # type: ignore[return-value]
+
+
+def open_seam(module: nn.Module, *, working: bool) -> Seam:
+    """The module's seam, made if there is none; `working` if a patch of it acts in the forward pass."""
+    seam = seam_of(module)
+    if seam is None:
+        seam = Seam()
+        module.add_module(CHILD, seam)
+    if working and not isinstance(module, Adapted):
+        module.__class__ = _adapted_class(type(module))
+    return seam
+
+
+def close_seam(module: nn.Module) -> None:
+    """Takes the seam off and gives the module its class back."""
+    del module._modules[CHILD]
+    if isinstance(module, Adapted):
+        module.__class__ = type(module).__bases__[1]

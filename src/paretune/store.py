@@ -1,0 +1,185 @@
+"""Run folders: written whole or not at all, found again, and never written by two processes at once.
+
+out/runs/<id>/     run.json, per_example.json, log.jsonl, README.md, model/ (Hugging Face format)
+out/phases/<id>/   phase.json, model/: the model after the first k phases of a recipe, shared by recipes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from paretune.errors import StoreError, did_you_mean
+from paretune.meters.cost import Cost
+
+FORMAT = 1  # of run.json; part of every id
+
+
+def identity(facts: dict[str, Any]) -> str:
+    """A name of 16 hexadecimal digits for facts, whatever their order."""
+    text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def written(target: Path) -> Iterator[Path]:
+    """A folder to fill, which appears as `target` when the block ends without an error, and not at all otherwise.
+
+    Raises:
+        StoreError: for a full disk or a folder that may not be written.
+    """
+    beside = target.parent / f".{target.name}.{os.getpid()}.part"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        for file in (p for p in beside.rglob("*") if p.is_file()):
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(beside, target)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(target, error) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _unwritable(target: Path, error: Exception) -> StoreError:
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return StoreError(f"{target}: the disk is full; nothing was kept of this folder, free some space and run again with --resume")
+    return StoreError(f"{target}: cannot be written ({getattr(error, 'strerror', None) or error}); free some space or choose another --out")
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Waits until no other process writes `target`, and keeps others waiting; a killed process frees its lock."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        StoreError: for a file that is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StoreError(f"{path} is not there{did_you_mean(path.parent.name, _neighbors(path))}") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise StoreError(f"{path} is damaged ({error}); delete its folder and run again with --resume") from None
+
+
+def _neighbors(path: Path) -> list[str]:
+    folder = path.parent.parent
+    return [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+
+
+def require_space(folder: Path, megabytes: float) -> None:
+    """Refuses work whose result would not fit.
+
+    Raises:
+        StoreError: with what is needed and what is free.
+    """
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free / 1e6
+    if free < megabytes:
+        raise StoreError(f"{folder}: {megabytes:,.0f} MB are needed and {free:,.0f} MB are free; free some space or choose another --out")
+
+
+def stored_mb(folder: Path) -> float:
+    """Megabytes (10^6 bytes) of all files that a process opens to use the model in a folder."""
+    opened = [p for p in folder.iterdir() if p.is_file() and p.name != "README.md"]
+    return sum(p.stat().st_size for p in opened) / 1e6
+
+
+def share(source: Path, target: Path) -> None:
+    """The files of a folder in another, without using their space twice where the file system can."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        try:
+            os.link(file, target / file.name)
+        except OSError:
+            shutil.copy2(file, target / file.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and what run.json says."""
+
+    folder: Path
+    record: dict[str, Any] = dataclasses.field(repr=False)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Run:
+        """The run in a folder.
+
+        Raises:
+            StoreError: where there is none, or a damaged one.
+        """
+        folder = Path(folder)
+        return cls(folder, read_json(folder / "run.json"))
+
+    @property
+    def id(self) -> str:
+        return self.record["id"]
+
+    @property
+    def recipe(self) -> str:
+        return self.record["recipe"]
+
+    @property
+    def score(self) -> float:
+        return self.record["score"]
+
+    @functools.cached_property
+    def cost(self) -> Cost:
+        return Cost.from_json(self.record["cost"])
+
+    def per_example(self) -> list[float] | None:
+        """1.0 or 0.0 per test example, where the metric is a mean over examples."""
+        name = self.record.get("per_example")
+        return read_json(self.folder / name) if name else None
+
+    def predict(self, rows: Any) -> list[dict[str, Any]]:
+        """Answers for texts (or rows as dicts): labels and probabilities.
+
+        Args:
+            rows: a list of texts, of pairs of texts, or of rows with the task's columns.
+        """
+        from paretune import inference
+
+        return inference.answers(self, rows)
+
+
+def finished(out: Path) -> list[Run]:
+    """The finished runs of a results folder, oldest first."""
+    found = [Run.read(p.parent) for p in sorted((out / "runs").glob("*/run.json")) if not p.parent.name.startswith(".")]
+    return sorted(found, key=lambda run: (run.record["date"], run.id))

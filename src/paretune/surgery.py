@@ -1,0 +1,383 @@
+"""The only file that replaces, wraps or restores modules of a model.
+
+Verbs: attach, switch, rows, remove, settle, merge, unmerge, replace. Backbone values change in `merge` only (and there
+can be brought back exactly); parameters that an adapter selects are trained in place, and their originals kept beside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paretune import anatomy, hub, seams
+from paretune.anatomy import Site
+from paretune.errors import Incompatible, did_you_mean, one_of
+from paretune.roles import Adapter
+from paretune.seams import CHILD, Seam, Selected
+
+HEAD = "head_weights"  # the method key under which an adapter keeps its own head
+
+
+@dataclasses.dataclass
+class State:
+    """What is attached to a model; lives on the model as `_paretune`."""
+
+    adapters: dict[str, tuple[Adapter, ...]] = dataclasses.field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    merged: list[tuple[str, str, Tensor]] = dataclasses.field(default_factory=list)  # module, parameter, original
+    unmerged: dict[str, Seam] = dataclasses.field(default_factory=dict)  # module -> the seam it had before the merge
+    processor: Any = None  # the tokenizer or image processor that travels with the model
+    before: tuple[dict[str, tuple[Adapter, ...]], tuple[str, ...]] | None = None  # adapters and active before the merge
+
+
+def state(model: nn.Module) -> State:
+    """What is attached to the model."""
+    if "_paretune" not in model.__dict__:
+        model.__dict__["_paretune"] = State()
+    return model.__dict__["_paretune"]
+
+
+def attach(model: nn.Module, methods: Sequence[Adapter], *, name: str = "default", on_top: bool = False, head: bool = True) -> list[str]:
+    """Puts adapters on the model under one name; only they (and, with `head`, the task's head) learn from here on.
+
+    Args:
+        model: any supported transformers model; it stays the same object.
+        methods: the adapters of one training phase.
+        name: how `switch`, `rows` and `remove` call them.
+        on_top: keep what is active below; else the new adapters are the only active ones.
+        head: the adapters have a trained head of their own.
+
+    Returns:
+        Names of the parameters that learn, as in `named_parameters`.
+
+    Raises:
+        Incompatible: for a name in use, or a method that this model cannot take; the model is then as it was.
+    """
+    here = state(model)
+    _check_name(name, here)
+    plan = [(m, m.sites(model), m.selection(model)) for m in methods]  # every refusal happens before the first change
+    if not on_top:
+        switch(model)
+    freeze(model)
+    for method, sites, selected in plan:
+        for site in sites:
+            install(model, name, method, site)
+        select(model, name, method.spelling(), selected)
+    if head:
+        select(model, name, HEAD, head_parameters(model))
+    here.adapters[name] = tuple(methods)
+    _activate(model, (*here.active, name))
+    for parameter in _idle(model, methods):
+        model.get_parameter(parameter).requires_grad_(False)
+    return [n for n, p in model.named_parameters() if p.requires_grad]
+
+
+def _idle(model: nn.Module, methods: Sequence[Adapter]) -> list[str]:
+    """Parameters that no gradient reaches, because an attached adapter goes around them."""
+    here = state(model)
+    around = [path for ms in (*(here.adapters[n] for n in here.active), methods) for m in ms for path in m.unused(model)]
+    return [n for n, _ in model.named_parameters() if n.startswith(tuple(f"{path}." for path in around))] if around else []
+
+
+def _check_name(name: str, here: State) -> None:
+    if name in here.adapters:
+        raise Incompatible(f"adapter {name!r} is on the model already; remove it first or choose another name")
+    if not name.isidentifier() or hasattr(Seam(), name):
+        raise Incompatible(f"adapter name {name!r}: a name is letters, digits and underscores, and none of torch's own")
+
+
+def install(model: nn.Module, name: str, method: Adapter, site: Site, *, key: str | None = None) -> None:
+    """Puts one patch of a method at one site; `attach` does it for all, and checks first."""
+    patch = method.patch(site)
+    module = model.get_submodule(site.path)
+    patch.method = method
+    patch.to(next(model.parameters()).device)
+    seams.open_seam(module, working=True).add(name, key or method.spelling(), patch)
+    waits = seams.capture_key(site)
+    if waits:
+        source = seams.open_seam(model.get_submodule(site.source), working=True)
+        source.captures = tuple(dict.fromkeys((*source.captures, (name, waits))))
+
+
+def select(model: nn.Module, name: str, key: str, parameters: Sequence[str]) -> None:
+    """Lets existing parameters learn under an adapter's name; one that it has already is left alone."""
+    by_module: dict[str, list[str]] = {}
+    for parameter in parameters:
+        module, _, tensor = parameter.rpartition(".")
+        by_module.setdefault(module, []).append(tensor)
+    for path, tensors in by_module.items():
+        module = model.get_submodule(path)
+        seam = seams.open_seam(module, working=False)
+        taken = {n for a, _, p in seam.patches([name]) if isinstance(p, Selected) for n in p.names}
+        tensors = [t for t in tensors if t not in taken]
+        for tensor in tensors:
+            getattr(module, tensor).requires_grad_(True)
+        if tensors:
+            seam.add(name, key, Selected(module, tensors))
+
+
+def head_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters of the task's head; empty where the model has none."""
+    inside = tuple(f"{path}." for path in anatomy.head(model))
+    return [n for n, _ in model.named_parameters() if n.startswith(inside) and f".{CHILD}." not in n] if inside else []
+
+
+def freeze(model: nn.Module) -> None:
+    """Nothing learns any more; what is attached stays attached and active."""
+    model.requires_grad_(False)
+
+
+def switch(model: nn.Module, *names: str) -> None:
+    """Makes these adapters the active ones, in the order of attachment; with no name, the model is its backbone.
+
+    Raises:
+        Incompatible: for a name that is not attached.
+    """
+    here = state(model)
+    for name in names:
+        _known(name, here)
+    _activate(model, tuple(n for n in here.adapters if n in names))
+
+
+def _known(name: str, here: State) -> None:
+    if name not in here.adapters:
+        have = one_of(here.adapters) if here.adapters else "none"
+        raise Incompatible(f"adapter {name!r} is not on the model{did_you_mean(name, here.adapters)}; attached: {have}")
+
+
+def _activate(model: nn.Module, names: tuple[str, ...]) -> None:
+    here = state(model)
+    for _, module, seam in seams_of(model):
+        present = [a for a in here.adapters if a in seam._modules]
+        for adapter in reversed([a for a in present if a in seam.active]):  # last on, first off
+            _swap(module, seam, adapter)
+        for adapter in [a for a in present if a in names]:
+            _swap(module, seam, adapter)
+        seam.active = names
+        seam.rows = None
+    here.active = names
+    hub.refresh(model)
+
+
+def _swap(module: nn.Module, seam: Seam, adapter: str) -> None:
+    for _, _, patch in seam.patches([adapter]):
+        if isinstance(patch, Selected):
+            patch.swap(module)
+
+
+def seams_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Seam]]:
+    """(path, module, seam) of every module that has one."""
+    for path, module in list(model.named_modules()):
+        seam = seams.seam_of(module)
+        if isinstance(seam, Seam):
+            yield path, module, seam
+
+
+@contextlib.contextmanager
+def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+    """Within the block, row i of a batch goes through adapter `names[i]` (None: the backbone).
+
+    Raises:
+        Incompatible: for an adapter that does more than add to an output, or trains a head or other weights in place.
+    """
+    here = state(model)
+    before = here.active
+    for name in dict.fromkeys(n for n in names if n is not None):
+        _known(name, here)
+        method = next((m for m in here.adapters[name] if not m.additive), None)
+        if method is not None:
+            raise Incompatible(f"{method!r} cannot serve single rows of a batch: it does more than add to an output; use switch")
+        if any(isinstance(p, Selected) for _, _, seam in seams_of(model) for _, _, p in seam.patches([name])):
+            raise Incompatible(
+                f"adapter {name!r} trains weights of the model in place (head, norms) and cannot serve single rows; attach it without them, or use switch"
+            )
+    switch(model)
+    try:
+        for _, _, seam in seams_of(model):
+            seam.rows = tuple(names)
+        yield model
+    finally:
+        switch(model, *before)
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Takes adapters off; every tensor they selected has its original value again.
+
+    Raises:
+        Incompatible: for a name that is not attached.
+    """
+    here = state(model)
+    _known(name, here)
+    active = tuple(n for n in here.active if n != name)
+    _activate(model, ())
+    del here.adapters[name]
+    for _, module, seam in seams_of(model):
+        seam.captures = tuple((a, k) for a, k in seam.captures if a != name)
+        if name in seam._modules:
+            del seam._modules[name]
+        _close_if_empty(module, seam)
+    _activate(model, active)
+
+
+def _close_if_empty(module: nn.Module, seam: Seam) -> None:
+    if not seam._modules and not seam.captures:
+        seams.close_seam(module)
+
+
+def settle(model: nn.Module) -> None:
+    """Drops the originals of selected parameters and the memory of a merge: the model's values are its own from here on.
+
+    Raises:
+        Incompatible: for an adapter that is not active and has trained weights of its own, which would no longer fit.
+    """
+    here = state(model)
+    idle = [n for n in here.adapters if n not in here.active]
+    for _, _, seam in seams_of(model):
+        for adapter, key, patch in seam.patches(idle):
+            if isinstance(patch, Selected) and key != HEAD:
+                raise Incompatible(
+                    f"adapter {adapter!r} is not active and has weights of its own, which a change of the model would outdate; remove it first"
+                )
+    forget(model)
+    for _, module, seam in seams_of(model):
+        for adapter, key, patch in list(seam.patches(here.active)):
+            if isinstance(patch, Selected):
+                del seam._modules[adapter]._modules[key]
+        for adapter in [a for a, group in seam.named_children() if not group._modules]:
+            del seam._modules[adapter]
+        _close_if_empty(module, seam)
+    hub.refresh(model)
+
+
+def merge(model: nn.Module) -> None:
+    """Writes all active adapters into the backbone's weights, computed in fp32; `unmerge` brings the originals back.
+
+    Raises:
+        Incompatible: where nothing is attached, or an adapter cannot be folded; the model is then as it was.
+    """
+    here = state(model)
+    if not here.active:
+        raise Incompatible("merge: no adapter is active on the model; attach one and train it first")
+    idle = [n for n in here.adapters if n not in here.active]
+    if idle:
+        raise Incompatible(f"merge folds all attached adapters, and {one_of(idle)} is not active; switch it on or remove it")
+    for methods in here.adapters.values():
+        for method in methods:
+            if not method.foldable:
+                raise Incompatible(f"merge: {method!r} is no change of the weights and cannot be folded; leave merge out, the model saves with it")
+    _refuse_tied(model)
+    here.before = (dict(here.adapters), here.active)
+    for path, module, seam in seams_of(model):
+        _fold(here, path, module, seam)
+        here.unmerged[path] = seam
+        seams.close_seam(module)
+    here.adapters, here.active = {}, ()
+    hub.refresh(model)
+
+
+def _refuse_tied(model: nn.Module) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for path, module, seam in seams_of(model):
+        if any(not isinstance(p, Selected) and not p.wraps for _, _, p in seam.patches()) and isinstance(getattr(module, "weight", None), Tensor):
+            shared = owners.get(id(module.weight), [])
+            if len(shared) > 1:
+                raise Incompatible(
+                    f"merge: the weight of {path} is tied to {one_of(n for n in shared if not n.startswith(path + '.'))}; merging would change both"
+                )
+
+
+def _fold(here: State, path: str, module: nn.Module, seam: Seam) -> None:
+    patches = [p for _, _, p in seam.patches() if not isinstance(p, Selected)]
+    if not patches:
+        return
+    weight = anatomy.weight(module).detach().float()  # (O, I)
+    bias = None if getattr(module, "bias", None) is None else module.bias.detach().float()
+    for patch in patches:  # W ← W + ΔW, in the order of attachment
+        part = slice(None) if patch.site is None or patch.site.rows is None else torch.tensor(patch.site.rows)
+        d_weight, d_bias = patch.delta(weight[part], None if bias is None else bias[part])
+        weight = weight.index_put((torch.arange(len(weight))[part],), weight[part] + d_weight)
+        if d_bias is not None and bias is not None:
+            bias = bias.index_put((torch.arange(len(bias))[part],), bias[part] + d_bias)
+    for tensor, value in (("weight", weight), ("bias", bias)):
+        parameter = getattr(module, tensor, None)
+        if parameter is not None and value is not None:
+            here.merged.append((path, tensor, parameter.data))
+            transposed = tensor == "weight" and parameter.shape != value.shape or anatomy.is_transposed(module) and tensor == "weight"
+            parameter.data = (value.T if transposed else value).to(parameter.dtype).contiguous()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undoes `merge` exactly: the weights of before, and the adapters attached and active.
+
+    Raises:
+        Incompatible: where no merge can be undone (none was made, or the model was saved and loaded since).
+    """
+    here = state(model)
+    if here.before is None:
+        raise Incompatible("unmerge: no merge of this model is remembered; load the backbone and the adapter again")
+    for path, tensor, original in here.merged:
+        getattr(model.get_submodule(path), tensor).data = original
+    for path, seam in here.unmerged.items():
+        module = model.get_submodule(path)
+        works = bool(seam.captures) or any(not isinstance(p, Selected) for _, _, p in seam.patches())
+        seams.open_seam(module, working=works)
+        module._modules[CHILD] = seam
+    here.adapters, here.active = here.before
+    here.merged, here.unmerged, here.before = [], {}, None
+    hub.refresh(model)
+
+
+def forget(model: nn.Module) -> None:
+    """Gives up the memory by which `unmerge` works."""
+    here = state(model)
+    here.merged, here.unmerged, here.before = [], {}, None
+
+
+def replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Puts a module in the place of another; a seam moves over to it."""
+    parent, _, child = path.rpartition(".")
+    old = model.get_submodule(path)
+    seam = seams.seam_of(old)
+    if seam is not None:
+        works = isinstance(old, seams.Adapted)
+        seams.close_seam(old)
+        seams.open_seam(new, working=works)
+        new._modules[CHILD] = seam
+    new.train(old.training)
+    setattr(model.get_submodule(parent), child, new)
+    hub.refresh(model)
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """(parameters that learn without the head, parameters of the head that learn); works on the meta device."""
+    head = in_head(model)
+    sizes = [(head(n), p.numel()) for n, p in model.named_parameters() if p.requires_grad]
+    return sum(size for inside, size in sizes if not inside), sum(size for inside, size in sizes if inside)
+
+
+def in_head(model: nn.Module) -> Callable[[str], bool]:
+    """Tells of a parameter's name whether it belongs to the task's head."""
+    head = tuple(f"{path}." for path in anatomy.head(model))
+    return lambda name: bool(head) and name.startswith(head)
+
+
+def moved(model: nn.Module, prefixes: dict[str, str]) -> None:
+    """Tells the patches that modules have new paths (old prefix -> new prefix), after layers were dropped."""
+
+    def new(path: str) -> str:
+        prefix = next((p for p in prefixes if path.startswith(p)), None)
+        return path if prefix is None else prefixes[prefix] + path[len(prefix) :]
+
+    for _, _, seam in seams_of(model):
+        seam.captures = tuple((a, ">".join(map(new, key.split(">")))) for a, key in seam.captures)
+        for _, _, patch in seam.patches():
+            if patch.site is not None:
+                source = None if patch.site.source is None else new(patch.site.source)
+                patch.site = dataclasses.replace(patch.site, path=new(patch.site.path), source=source)

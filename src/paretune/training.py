@@ -1,0 +1,338 @@
+"""The one training loop, on accelerate, with named events that modifiers hook; and evaluation.
+
+Order of the events in one phase:
+    for each epoch: indices -> for each step: inputs -> loss -> before_step -> after_step -> epoch_ends
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from torch import Tensor, nn
+
+from paretune import batches, checkpoints, probe, surgery
+from paretune.errors import Diverged
+from paretune.meters import flops
+from paretune.methods.modifiers.schedule import Schedule
+from paretune.roles import Modifier
+from paretune.tasks import Task, score
+
+LEAST_HEAD_LR = 1e-3  # a fresh head learns nothing at the small rates that suit pretrained weights
+WATCHED = 256  # validation examples scored after each epoch; a run's own validation score is over all of them
+
+
+class Events:
+    """What a modifier may do in a training phase; each handler is a no-op until overridden."""
+
+    def indices(self, epoch: int, n: int, generator: torch.Generator) -> Sequence[int] | None:
+        """Which of the n training examples this epoch visits; None is all."""
+        return None
+
+    def inputs(self, loop: Loop, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch as the model shall see it."""
+        return batch
+
+    def loss(self, loop: Loop, batch: dict[str, Tensor], outputs: Any, loss: Tensor) -> Tensor:
+        """The loss (summed over the batch's targets) with this modifier's share."""
+        return loss
+
+    def before_step(self, loop: Loop) -> None:
+        """Gradients are there, clipped; the parameters have not moved."""
+
+    def after_step(self, loop: Loop) -> None:
+        """The parameters have moved."""
+
+    def epoch_ends(self, loop: Loop) -> None:
+        """All steps of an epoch are done."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a resumed training needs."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state` gave."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How and where to run, apart from what the recipe says."""
+
+    seed: int = 0
+    device: str = "cpu"
+    folder: Path | None = None  # where checkpoints go; None keeps none
+    checkpoint_every_s: float = 30.0
+    report: Callable[[dict[str, Any]], None] | None = None  # gets epoch, step, steps, loss, examples_per_s
+    name: str = "this recipe"  # how an error calls the training
+
+
+@dataclasses.dataclass
+class Fitted:
+    """What a training phase did."""
+
+    epochs: list[dict[str, float]]  # per epoch: loss, validation_score, examples
+    steps: int
+    examples: int  # visited, over all epochs
+    best_epoch: int
+    dtype: str
+    attention: str
+
+
+def fit(model: nn.Module, task: Task, schedule: Schedule, *, modifiers: Sequence[Modifier] = (), settings: Settings = Settings()) -> Fitted:  # noqa: B008
+    """Trains what learns in the model (`requires_grad`) on the task's training split; keeps the best epoch by validation.
+
+    Args:
+        model: adapted; its trainable parameters change in place.
+        task: gives examples, loss and score.
+        schedule: with its learning rate set.
+        modifiers: of this phase, in the order written.
+        settings: seed, device, checkpoints, progress.
+
+    Raises:
+        Diverged: when the loss is not a number, with the step and the recipe.
+        StoreError: for a damaged checkpoint.
+    """
+    loop = Loop(model, task, schedule, settings)
+    loop.events = [m.events(loop) for m in modifiers if not isinstance(m, Schedule)]
+    return loop.run()
+
+
+class Loop:
+    """One training phase; modifiers see it and may read everything on it."""
+
+    def __init__(self, model: nn.Module, task: Task, schedule: Schedule, settings: Settings) -> None:
+        self.task, self.schedule, self.settings = task, schedule, settings
+        self.accelerator = accelerate.Accelerator(cpu=settings.device == "cpu", mixed_precision="no")
+        self.model = model.to(self.accelerator.device)
+        self.events: list[Events] = []
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.encodings = encode(task, task.train, model)
+        self.lengths = [task.kind.length(e) for e in self.encodings]
+        self.optimizer = _optimizer(self.parameters, schedule, surgery.in_head(model))
+        self.epoch = self.step = self.examples = 0
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] | None = None
+        self.best_epoch = -1
+
+    def run(self) -> Fitted:
+        """All epochs, from the start or from the newest checkpoint."""
+        was_training = self.model.training
+        self.pace = probe.choose(self.model, self.task.kind, self._probe_batch(), self.schedule)
+        sizes = [len(self._visited(e) or self.encodings) for e in range(self._epochs)]
+        self.per_epoch = [batches.steps(n, self.schedule.batch, min(1.0, self.schedule.epochs - e)) for e, n in enumerate(sizes)]
+        self.total = sum(self.per_epoch)
+        cursor = checkpoints.restore(self) if self.settings.folder else 0
+        with probe.paced(self.model, self.pace, dropout=self.schedule.dropout):
+            self._forward = self.accelerator.prepare_model(self.model) if self.accelerator.num_processes > 1 else self.model
+            while self.epoch < self._epochs and not self._stalled():
+                self._run_epoch(skip=cursor)
+                cursor = 0
+        self.model.train(was_training)
+        if self.best is not None:
+            _load(self.parameters, self.best)
+        checkpoints.clear(self.settings.folder)
+        return Fitted(self.history, self.step, self.examples, self.best_epoch, self.pace.dtype, self.pace.attention)
+
+    @property
+    def _epochs(self) -> int:
+        return math.ceil(self.schedule.epochs)
+
+    def _stalled(self) -> bool:
+        return self.best_epoch >= 0 and self.epoch - 1 - self.best_epoch >= self.schedule.patience
+
+    def _probe_batch(self) -> dict[str, Tensor]:
+        middle = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
+        start = max(0, len(middle) // 2 - self.schedule.batch // 2)
+        return self._collate(middle[start : start + self.schedule.batch])
+
+    def _visited(self, epoch: int) -> Sequence[int] | None:
+        visited: Sequence[int] | None = None
+        for events in self.events:
+            chosen = events.indices(epoch, len(visited or self.encodings), batches.generator(self.settings.seed, epoch, 1))
+            if chosen is not None:
+                visited = list(chosen) if visited is None else [visited[i] for i in chosen]
+        return visited
+
+    def _run_epoch(self, skip: int) -> None:
+        random = batches.generator(self.settings.seed, self.epoch)
+        plan = batches.epoch_batches(self.lengths, self._visited(self.epoch), self.schedule.batch, random)[: self.per_epoch[self.epoch]]
+        self.model.train()
+        if not skip:
+            self.epoch_loss, self.epoch_targets, self.epoch_examples = 0.0, 0, 0
+        started, saved = time.perf_counter(), time.perf_counter()
+        for at, indices in enumerate(plan[skip:], start=skip):
+            self._step(indices)
+            self._report(time.perf_counter() - started, at + 1 - skip, len(plan))
+            if self.settings.folder and at + 1 < len(plan) and time.perf_counter() - saved >= self.settings.checkpoint_every_s:
+                checkpoints.save(self, cursor=at + 1)
+                saved = time.perf_counter()
+        self._end_epoch()
+
+    def _step(self, indices: list[int]) -> None:
+        size = self.schedule.micro_batch or len(indices)
+        mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        losses, targets = 0.0, 0
+        micro = [mine[i : i + size] for i in range(0, len(mine), size)]
+        for part in micro:
+            loss, count = self.loss(self._collate(part))
+            self.accelerator.backward(loss / count if len(micro) == 1 and self.accelerator.num_processes == 1 else loss)
+            losses, targets = losses + float(loss.detach()), targets + count
+        losses, targets = self._over_processes(losses, targets)
+        if not math.isfinite(losses):
+            raise Diverged(
+                f"{self.settings.name}: the loss is {losses} at step {self.step + 1} of {self.total}, learning rate {self._rate():.2g}; "
+                "try a lower one, as in schedule(lr=...)"
+            )
+        if len(micro) > 1 or self.accelerator.num_processes > 1:
+            self._scale(self.accelerator.num_processes / targets)
+        self._update()
+        self.epoch_loss, self.epoch_targets, self.epoch_examples = (
+            self.epoch_loss + losses,
+            self.epoch_targets + targets,
+            self.epoch_examples + len(indices),
+        )
+        self.examples += len(indices)
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """(summed loss with every modifier's share, number of targets) of one batch on the device."""
+        for events in self.events:
+            batch = events.inputs(self, batch)
+        with probe.autocast(self.pace):
+            outputs = self._forward(**self.task.kind.inputs(batch))
+        loss, count = self.task.kind.loss(outputs, batch)
+        for events in self.events:
+            loss = events.loss(self, batch, outputs, loss)
+        return loss, count
+
+    def _over_processes(self, losses: float, targets: int) -> tuple[float, int]:
+        if self.accelerator.num_processes == 1:
+            return losses, targets
+        total = self.accelerator.reduce(torch.tensor([losses, float(targets)], dtype=torch.float64, device=self.accelerator.device), "sum")
+        return float(total[0]), int(total[1])
+
+    def _scale(self, factor: float) -> None:
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+    def _update(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate() * group["share"]
+        if self.schedule.clip:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.schedule.clip)
+        for events in self.events:
+            events.before_step(self)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        for events in self.events:
+            events.after_step(self)
+
+    def _rate(self) -> float:
+        """lr(t): linear warm-up over a share of all steps, then the chosen decay to zero."""
+        lr, warm = float(self.schedule.lr or 0.0), math.ceil(self.schedule.warmup * self.total)
+        if self.step < warm:
+            return lr * (self.step + 1) / warm
+        done = (self.step - warm) / max(1, self.total - warm)
+        return lr * {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "none": 1.0}[self.schedule.decay]
+
+    def _end_epoch(self) -> None:
+        for events in self.events:
+            events.epoch_ends(self)
+        record = {"loss": self.epoch_loss / max(1, self.epoch_targets), "examples": float(self.epoch_examples)}
+        if len(self.task.validation):
+            record["validation_score"] = self._validate()
+            if self.best_epoch < 0 or self._better(record["validation_score"], self.history[self.best_epoch]["validation_score"]):
+                self.best_epoch = self.epoch
+                self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
+        self.history.append(record)
+        self.epoch += 1
+        if self.settings.folder and self.epoch < self._epochs:
+            checkpoints.save(self, cursor=0)
+
+    def _better(self, score: float, than: float) -> bool:
+        return score < than if self.task.better == "lower" else score > than
+
+    def _validate(self) -> float:
+        watched = self.task.validation[:WATCHED]
+        return score(self.task, predict(self.model, self.task, watched, pace=self.pace), watched)
+
+    def _report(self, seconds: float, done: int, steps: int) -> None:
+        if self.settings.report:
+            rate = done * self.schedule.batch / max(seconds, 1e-9)
+            left = (self.total - self.step) * seconds / done
+            self.settings.report({"epoch": self.epoch + 1, "epochs": self._epochs, "step": self.step, "steps": self.total,
+                                  "loss": self.epoch_loss / max(1, self.epoch_targets), "examples_per_s": rate, "left_s": left})  # fmt: skip
+
+    def _collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return _to_device(self.task.kind.collate([self.encodings[i] for i in indices], _processor(self.model)), self.accelerator.device)
+
+
+def predict(model: nn.Module, task: Task, rows: Any, *, pace: probe.Pace | None = None, batch: int = 64) -> list[Any]:
+    """One prediction per row or block (`Kind.predict`), in their order; the model computes in evaluation mode."""
+    encodings = encode(task, rows, model)
+    lengths = [task.kind.length(e) for e in encodings]
+    found: list[Any] = [None] * len(encodings)  # language modeling has blocks, not rows
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    with torch.inference_mode(), probe.autocast(pace):
+        for indices in batches.by_length(lengths, batch):
+            inputs = _to_device(task.kind.collate([encodings[i] for i in indices], _processor(model)), device)
+            outputs = model(**task.kind.inputs(inputs))
+            for i, prediction in zip(indices, task.kind.predict(model, inputs, outputs, processor=_processor(model)), strict=True):
+                found[i] = prediction
+    model.train(was_training)
+    return found
+
+
+def encode(task: Task, rows: Any, model: nn.Module) -> list[dict[str, Any]]:
+    """The encodings of rows for this model."""
+    return task.encode(rows, _processor(model), max_length(model), config=model.config)
+
+
+def flops_per_example(model: nn.Module, task: Task, schedule: Schedule) -> float | None:
+    """FLOPs of one training example, forward and backward, at the median length; what learns is what `requires_grad`."""
+    rows = sorted(encode(task, task.train[: 8 * schedule.batch], model), key=task.kind.length)
+    middle = rows[max(0, len(rows) // 2 - 4) : len(rows) // 2 + 4]
+    batch = _to_device(task.kind.collate(middle, _processor(model)), next(model.parameters()).device)
+    reading = flops.step(lambda: task.kind.loss(model(**task.kind.inputs(batch)), batch)[0], model)
+    return None if reading.value is None else reading.value / len(middle)
+
+
+def max_length(model: nn.Module) -> int | None:
+    """How many tokens the model reads at most: its processor's limit, else its positions."""
+    limits = [getattr(_processor(model), "model_max_length", None), getattr(model.config, "max_position_embeddings", None)]
+    return min((n for n in limits if isinstance(n, int) and 0 < n < 1_000_000), default=None)
+
+
+def _processor(model: nn.Module) -> Any:
+    return surgery.state(model).processor
+
+
+def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+def _load(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
+def _optimizer(parameters: dict[str, nn.Parameter], schedule: Schedule, head: Callable[[str], bool]) -> torch.optim.Optimizer:
+    """AdamW over four groups: matrices decay and vectors do not; the head has a rate of its own, `share` times lr(t)."""
+    lr = float(schedule.lr or 0.0)
+    head_lr = max(lr, LEAST_HEAD_LR) if schedule.head_lr is None else schedule.head_lr
+    groups = [
+        {"params": chosen, "weight_decay": decay, "share": share}
+        for of_head, share in ((False, 1.0), (True, head_lr / lr if lr else 1.0))
+        for matrices, decay in ((True, schedule.weight_decay), (False, 0.0))
+        if (chosen := [p for n, p in parameters.items() if head(n) == of_head and (p.dim() > 1) == matrices])
+    ]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)

@@ -1,0 +1,186 @@
+"""What goes wrong on real machines: kill -9 at any moment, a full disk, damaged files, two writers, a loss that is no number."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors import SafetensorError
+
+import paretune as pt
+from paretune import backbones, checkpoints, flow, inference, phases, runs, store
+from paretune.errors import Diverged, StoreError
+from paretune.meters import protocol
+from paretune.meters.reading import Reading
+from paretune.options import Options, Training
+
+RECIPES = ["lora(r=2)", "lora(r=2) | merge | int8", "full"]
+OPTIONS = Options(Training(epochs=3, batch=8, dtype="fp32"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tiny BERT, 90 rows, and measuring windows so short that they take no time."""
+    folder = tmp_path_factory.mktemp("faults")
+    tiny.model("bert", "base").save_pretrained(folder / "bert")
+    tiny.tokenizer().save_pretrained(folder / "bert")
+    rows = [f"the {noun} was so {word} {i},{label}" for i in range(15) for noun in ("movie", "book", "plot") for word, label in (("good", "yes"), ("bad", "no"))]
+    (folder / "data.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    short = dataclasses.replace(protocol.QUICK, window_s=0.02, window_n=5, idle_s=0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(protocol.PROTOCOLS, "quick", short)
+        patch.setattr(inference, "peak_memory", lambda folders: [Reading(1.0, "MB") for _ in folders])
+        patch.setattr("paretune.meters.protocol.same_against_same", lambda call: (0.0, 0.0))
+        patch.setattr("paretune.meters.protocol.warm", lambda call: 0)
+        patch.setattr("paretune.training.Settings.checkpoint_every_s", 0.0)
+        yield folder
+
+
+def task(place: Path) -> pt.Task:
+    return pt.task(str(place / "data.csv"), text="text", label="label")
+
+
+def in_a_child(work: Callable[[], object], seconds: float | None) -> bool:
+    """Runs the work in a copy of this process and kills that with SIGKILL after so many seconds; did it finish?"""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    ends = time.monotonic() + (seconds if seconds is not None else 120)
+    while time.monotonic() < ends:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return True
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def scores(out: Path) -> dict[str, tuple[float, list[float] | None]]:
+    return {run.recipe: (run.record["validation_score"], run.per_example()) for run in store.finished(out)}
+
+
+def test_a_frontier_killed_again_and_again_ends_as_if_it_had_not_been(place: Path, tmp_path: Path) -> None:
+    whole = flow.frontier(task(place), backbone=str(place / "bert"), recipes=RECIPES, out=tmp_path / "whole", options=OPTIONS)
+    out, moments, finished = tmp_path / "killed", random.Random(0), {}
+    work = lambda: flow.frontier(task(place), backbone=str(place / "bert"), recipes=RECIPES, out=out, resume=True, options=OPTIONS)  # noqa: E731
+    for _ in range(12):
+        done = in_a_child(work, moments.uniform(0.1, 1.5))
+        for run in store.finished(out):  # every run.json that is there is whole, and none is made twice
+            assert finished.setdefault(run.id, run.record["date"]) == run.record["date"]
+        if done:
+            break
+    assert done or in_a_child(work, None)
+    assert scores(out) == scores(tmp_path / "whole")
+    assert len(whole.records) == len(RECIPES)
+    assert not [p for p in out.rglob("*.part")] or in_a_child(work, None)
+
+
+def test_a_frontier_shares_phases(place: Path, tmp_path: Path) -> None:
+    front = flow.frontier(task(place), backbone=str(place / "bert"), recipes=RECIPES, out=tmp_path, options=OPTIONS)
+    first = {record["recipe"]: [phase["id"] for phase in record["phases"]] for record in front.records}
+    assert first["lora(r=2)"][0] == first["lora(r=2) | merge | int8"][0]
+    assert len(list((tmp_path / "phases").glob("*/phase.json"))) == 4  # lora, merge, int8, full
+    assert front.ledger.h_trainings == 2
+    assert front.ledger.unshared["train_s"] > front.ledger.spent["train_s"]
+
+
+def test_two_writers_of_one_folder_do_the_work_once(place: Path, tmp_path: Path) -> None:
+    work = lambda: flow.frontier(task(place), backbone=str(place / "bert"), recipes=RECIPES, out=tmp_path, resume=True, options=OPTIONS)  # noqa: E731
+    other = os.fork()
+    if not other:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    front = work()
+    os.waitpid(other, 0)
+    assert len(front.records) == len(store.finished(tmp_path)) == len(RECIPES)
+    assert not list(tmp_path.rglob("*.part"))
+    assert all(runs.is_measured(run) for run in store.finished(tmp_path))
+
+
+def test_work_begun_before_is_not_taken_over_without_resume(place: Path, tmp_path: Path) -> None:
+    pt.run("full", task(place), backbone=str(place / "bert"), out=tmp_path, options=OPTIONS)
+    with pytest.raises(StoreError, match="--resume"):
+        pt.run("full", task(place), backbone=str(place / "bert"), out=tmp_path, options=OPTIONS)
+    again = pt.run("full", task(place), backbone=str(place / "bert"), out=tmp_path, resume=True, options=OPTIONS)
+    assert len(store.finished(tmp_path)) == 1 and again.score == store.finished(tmp_path)[0].score
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")])
+def test_a_full_disk_leaves_nothing_half_written(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(phases, "save_model", full)
+    with pytest.raises(StoreError, match="the disk is full"):
+        pt.run("full", task(place), backbone=str(place / "bert"), out=tmp_path, options=OPTIONS)
+    assert not list(tmp_path.rglob("run.json")) and not list(tmp_path.rglob("phase.json")) and not list(tmp_path.rglob("*.part"))
+    monkeypatch.undo()
+
+
+def test_too_little_space_is_said_before_the_work_is_lost(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="MB are needed and"):
+        store.require_space(tmp_path / "not" / "there" / "yet", 1e12)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "cursor.json"])
+def test_a_truncated_checkpoint_is_named(place: Path, tmp_path: Path, name: str) -> None:
+    stop = {"at": 0}
+
+    def interrupt(info: dict[str, object]) -> None:
+        stop["at"] += 1
+        if stop["at"] == 12:
+            raise KeyboardInterrupt
+
+    options = dataclasses.replace(OPTIONS, report=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pt.run("full", task(place), backbone=str(place / "bert"), out=tmp_path, options=options)
+    (file,) = tmp_path.rglob(f"{checkpoints.PREFIX}*/{name}")
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(StoreError, match=f"{file.parent.name}.*damaged"):
+        pt.run("full", task(place), backbone=str(place / "bert"), out=tmp_path, resume=True, options=OPTIONS)
+
+
+def test_a_damaged_run_is_named(place: Path, tmp_path: Path) -> None:
+    run = pt.run("full", task(place), backbone=str(place / "bert"), out=tmp_path, options=OPTIONS)
+    weights = run.folder / "model" / "model.safetensors"
+    weights.unlink()  # the file is shared with phases/, and must not be written through
+    weights.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    with pytest.raises((StoreError, SafetensorError)):
+        run.predict(["the movie was good"])
+    (run.folder / "run.json").write_text(json.dumps(run.record)[:100])
+    with pytest.raises(StoreError, match="damaged"):
+        store.Run.read(run.folder)
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_recipe(place: Path, tmp_path: Path) -> None:
+    recipe = "full + schedule(lr=1e30, clip=0, epochs=3, dtype=\"fp32\")"
+    with pytest.raises(Diverged, match=r"full.*the loss is nan at step \d+"):
+        pt.run(recipe, task(place), backbone=str(place / "bert"), out=tmp_path)
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_weights_that_are_not_the_known_ones_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, folder, _, hub_id = backbones.PACKAGED["minilm"]
+    monkeypatch.setitem(backbones.PACKAGED, "minilm", (package, folder, "0" * 64, hub_id))
+    backbones.find.cache_clear()
+    with pytest.raises(pt.BackboneError, match="not the known"):
+        backbones.find("minilm")
+    backbones.find.cache_clear()
+
+
+assert torch.get_num_threads() == 1  # a fork of a process whose thread pool has started would hang

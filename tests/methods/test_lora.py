@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import steps
+from paretune import surgery
+from paretune.errors import TargetError
+from paretune.methods.adapters.lora import LoRA
+
+
+def adapted(method, family="bert"):
+    model = steps.model(family)
+    torch.manual_seed(3)
+    surgery.attach(model, [method], head=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "knobs, scale",
+    [({}, 2.0), ({"r": 4}, 2.0), ({"r": 4, "alpha": 6.0}, 1.5), ({"r": 4, "alpha": 6.0, "rank_stabilized": True}, 3.0), ({"alpha": 0.0}, 0.0)],
+)
+def test_the_map_is_w_x_plus_scaled_b_a_x(knobs, scale):
+    model = adapted(LoRA(targets="query", **knobs))
+    steps.disturb(model)
+    query = model.bert.encoder.layer[0].attention.self.query
+    patch, x = query.paretune.default.lora, torch.randn(2, 5, 16)
+    wanted = F.linear(x, query.weight, query.bias) + scale * x @ patch.A.T @ patch.B.T
+    torch.testing.assert_close(query(x), wanted)
+
+
+def test_b_starts_at_zero_and_a_as_the_paper_s_code_has_it():
+    patch = adapted(LoRA(r=4, targets="query")).bert.encoder.layer[0].attention.self.query.paretune.default.lora
+    bound = math.sqrt(6 / ((1 + 5) * 16))  # Kaiming uniform with a = √5
+    assert not patch.B.any() and 0.7 * bound < float(patch.A.detach().abs().max()) <= bound
+
+
+def test_dropout_acts_on_the_input_of_a_in_training_alone():
+    model = adapted(LoRA(targets="query", dropout=0.5))
+    steps.disturb(model)
+    query = model.bert.encoder.layer[0].attention.self.query
+    patch, x = query.paretune.default.lora, torch.randn(64, 16)
+    model.eval()
+    plain = query(x)
+    model.train()
+    torch.manual_seed(0)
+    found = query(x)
+    torch.manual_seed(0)
+    wanted = F.linear(x, query.weight, query.bias) + 2 * F.dropout(x, 0.5) @ patch.A.T @ patch.B.T
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, plain)
+
+
+@pytest.mark.parametrize("targets, maps", [("attention", 8), ("query value", 4), (("query", "up"), 4), ("linear", 12), ("layer.1.*.query", 1)])
+def test_the_count_is_r_times_inputs_and_outputs(targets, maps):
+    model = adapted(LoRA(r=2, targets=targets))
+    sizes = [(p.site.in_features + p.site.out_features) * 2 for _, _, s in surgery.seams_of(model) for _, _, p in s.patches()]
+    assert len(sizes) == maps and surgery.count(model) == (sum(sizes), 0)
+
+
+def test_one_part_of_a_fused_map():
+    model = adapted(LoRA(r=2, targets="query"), "gpt2")
+    steps.disturb(model)
+    fused, x = model.transformer.h[0].attn.c_attn, torch.randn(2, 3, 16)
+    patch = fused.paretune.default.lora
+    wanted = torch.addmm(fused.bias, x.flatten(0, 1), fused.weight).view(2, 3, 48)
+    wanted = torch.cat([wanted[..., :16] + 2 * x @ patch.A.T @ patch.B.T, wanted[..., 16:]], -1)
+    torch.testing.assert_close(fused(x), wanted)
+
+
+def test_targets_that_hit_nothing():
+    with pytest.raises(TargetError, match="quary"):
+        adapted(LoRA(targets="quary"))
+
+
+def test_the_gradient_at_the_start_is_b_s_alone():
+    model = adapted(LoRA(r=2))
+    steps.loss(model, "bert").backward()
+    assert all(bool(p.grad.any()) == n.endswith(".B") for n, p in steps.learning(model).items())

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig
+
+import steps
+import work
+from paretune import phases, surgery
+from paretune.methods.adapters.bitfit import BitFit
+from paretune.methods.adapters.full import Full
+from paretune.methods.adapters.lora import LoRA
+from paretune.methods.modifiers.schedule import Schedule
+from paretune.training import Loop, Settings
+
+
+def loop(**knobs):
+    model = work.ready("bert")
+    surgery.attach(model, [LoRA(r=2)])
+    return Loop(model, work.text_task(), Schedule(**{"lr": 1e-3, "dtype": "fp32", **knobs}), Settings())
+
+
+def test_decay_is_for_matrices_and_not_for_vectors():
+    groups = loop(weight_decay=0.3).optimizer.param_groups
+    decays = {p.dim() > 1: g["weight_decay"] for g in groups for p in g["params"]}
+    assert decays == {True: 0.3, False: 0.0}
+
+
+@pytest.mark.parametrize("epochs, steps_wanted", [(1.0, 3), (2.0, 6), (0.5, 2), (1.5, 5), (0.1, 1)])
+def test_epochs_may_be_a_fraction(epochs, steps_wanted):
+    model = work.ready("bert")
+    surgery.attach(model, [LoRA(r=2)])
+    fit = work.fitted(model, work.text_task(), epochs=epochs, batch=8, patience=9)
+    assert fit.steps == steps_wanted
+
+
+def test_a_head_that_is_not_trained_stays():
+    model = work.ready("bert")
+    surgery.attach(model, [LoRA(r=2)], head=Schedule(head=False).head)
+    before = model.classifier.weight.detach().clone()
+    work.fitted(model, work.text_task(), head=False)
+    assert torch.equal(model.classifier.weight, before)
+
+
+def test_dropout_off_makes_training_independent_of_its_noise():
+    found = []
+    for seed in (0, 1):
+        model = work.ready("bert")
+        torch.manual_seed(0)
+        surgery.attach(model, [LoRA(r=2)])
+        torch.manual_seed(seed)
+        losses = []
+        schedule = Schedule(lr=1e-3, epochs=1.0, batch=4, dtype="fp32", dropout=False)
+        from paretune import training
+
+        training.fit(model, work.text_task(), schedule, settings=Settings(report=lambda info, to=losses: to.append(info["loss"])))
+        found.append(losses)
+    assert found[0] == found[1]
+    assert work.ready("bert").config.hidden_dropout_prob > 0  # so that there was something to switch off
+
+
+def test_dropout_is_back_after_training():
+    model = work.ready("bert")
+    shares = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    surgery.attach(model, [LoRA(r=2)])
+    work.fitted(model, work.text_task(), dropout=False, epochs=1.0)
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == shares and any(shares)
+
+
+def test_bf16_leaves_every_frozen_bit_as_it_was():
+    model = work.ready("bert")
+    surgery.attach(model, [LoRA(r=2)])
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    fit = work.fitted(model, work.text_task(), dtype="bf16")
+    assert fit.dtype == "bf16" and all(p.dtype == torch.float32 for p in model.parameters())
+    assert all(torch.equal(model.get_parameter(n), t) for n, t in frozen.items())
+    assert not any(torch.equal(p, t) for p, t in zip(steps.learning(model).values(), frozen.values(), strict=False) if p.shape == t.shape)
+
+
+def test_the_default_rate_is_the_lowest_of_the_cards_and_falls_with_the_size():
+    base, minilm = BertConfig(), BertConfig(hidden_size=384, num_hidden_layers=6)
+    assert phases.default_lr((LoRA(),), base) == LoRA.card.lr
+    assert phases.default_lr((LoRA(), BitFit()), minilm) == min(LoRA.card.lr, BitFit.card.lr)
+    assert phases.default_lr((Full(),), base) == Full.card.lr
+    assert phases.default_lr((Full(),), minilm) == pytest.approx(4 * Full.card.lr)  # half the layers, half the width
