@@ -75,6 +75,7 @@ def page(found: dict[str, Any]) -> str:
 
 LoRA r=8 on query and value of MiniLM, {asked["task"]} with {asked["examples"]} training texts, {asked["epochs"]} epoch, batch {asked["batch"]}, learning
 rate {asked["lr"]:g}; loading and tokenizing included, validation left out. {asked["rounds"]} rounds, contestants in turn, each in a process of its own.
+The same parameters learn in all: peft is told to train BERT's pooler (`modules_to_save`), which paretune counts to the head.
 paretune chose {found["pace"]["dtype"]} and {found["pace"]["attention"]} attention. Medians, with the range over rounds; "paretune again" is the A/A control.
 
 {table(figures)}
@@ -189,7 +190,9 @@ def _peft(asked: argparse.Namespace, pace: dict[str, str], *, like_ours: bool) -
         tokenizer = AutoTokenizer.from_pretrained(source)
         more = {"attn_implementation": pace["attention"]} if like_ours and pace.get("attention") else {}
         model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(task.labels), **more)
-        model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, target_modules=TARGETS.split(), lora_dropout=0.0))
+        lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, target_modules=TARGETS.split(), lora_dropout=0.0,
+                          modules_to_save=["classifier", "pooler"])  # fmt: skip
+        model = get_peft_model(model, lora)
         data = Dataset.from_dict(rows("train")).map(
             lambda b: tokenizer(b["text"], truncation=True, max_length=256), batched=True, remove_columns=["text"]
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 import os
 import random
 import statistics
@@ -188,9 +189,9 @@ def test_peak_memory_of_a_window(resettable: bool, monkeypatch: pytest.MonkeyPat
     if not resettable:
         monkeypatch.setattr(memory, "_reset", lambda: False)
     with memory.Peak() as large:
-        block = bytearray(120_000_000)
-        time.sleep(0.05)
-        del block
+        with mmap.mmap(-1, 120_000_000) as block:  # pages of its own: malloc may hand back freed ones that are resident already
+            block.write(bytes(len(block)))
+            time.sleep(0.05)
     with memory.Peak() as small:
         time.sleep(0.02)
     assert 110 < large.reading.value - large.before_mb < 140
