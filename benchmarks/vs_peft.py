@@ -167,7 +167,7 @@ def _paretune(asked: argparse.Namespace, pace: dict[str, str], *, like_ours: boo
         return {"dtype": fitted.dtype, "attention": fitted.attention}
 
     figures = _timed(work, len(task.train) * asked.epochs)
-    return {**figures, "score": tasks.score(task, training.predict(model, task, task.test), task.test)}
+    return {**figures, "score": tasks.score(task, training.predict(model, task, task.test), rows=task.test)}
 
 
 def _peft(asked: argparse.Namespace, pace: dict[str, str], *, like_ours: bool) -> dict[str, Any]:
@@ -211,8 +211,8 @@ def _peft(asked: argparse.Namespace, pace: dict[str, str], *, like_ours: bool) -
     test = Dataset.from_dict(found).map(
         lambda b: trainer.processing_class(b["text"], truncation=True, max_length=256), batched=True, remove_columns=["text"]
     )
-    answers = trainer.predict(test).predictions.argmax(-1)
-    return {**figures, "score": float(np.mean(answers == np.array(found["label"])))}
+    answers = trainer.predict(test)  # Trainer groups these by length, too: its own labels are in the order of its predictions
+    return {**figures, "score": float(np.mean(answers.predictions.argmax(-1) == answers.label_ids))}
 
 
 _ONE = {"paretune": _paretune, "peft": _peft}

@@ -40,7 +40,7 @@ class Allotment:
         )
 
 
-def remembered(out: Path, plans: Sequence[tuple[str, Plan]], options: Options) -> int:
+def remembered(out: Path, plans: Sequence[tuple[str, Plan]], *, options: Options) -> int:
     """The number of training examples for a frontier's time budget; timed once per results folder, so that it can be resumed."""
     asked = {"budget_s": options.training.time_budget_s, "runs": [plan.id for _, plan in plans]}
     file = out / "allotment.json"
@@ -90,9 +90,9 @@ def _timed(plan: Plan, k: int) -> tuple[Schedule, float, float]:
             phases.shrink(model, method, plan.task)
     surgery.attach(model, [m for m in phase if isinstance(m, Adapter)])
     plain = _batches(plan, model, schedule.batch)
-    pace = probe.choose(model, plan.task.kind, plain[len(plain) // 2], schedule)
+    pace = probe.choose(model, plan.task.kind, batch=plain[len(plain) // 2], schedule=schedule)
     examples = sum(len(next(iter(batch.values()))) for batch in plain)
-    seconds = sum(probe.step_seconds(model, plan.task.kind, batch, pace, dropout=schedule.dropout) for batch in plain)
+    seconds = sum(probe.step_seconds(model, plan.task.kind, batch=batch, pace=pace, dropout=schedule.dropout) for batch in plain)
     with torch.inference_mode(), probe.paced(model.eval(), pace), probe.autocast(pace):
         started = time.perf_counter()
         for batch in plain:
@@ -105,6 +105,6 @@ def _batches(plan: Plan, model: Any, size: int) -> list[dict[str, torch.Tensor]]
     """Five batches of an epoch, from short to long: what they take on average, an epoch's batches take."""
     encodings = training.encode(plan.task, plan.task.train[: 32 * size], model)
     lengths = [plan.task.kind.length(e) for e in encodings]
-    ordered = sorted(batches.epoch_batches(lengths, None, size, batches.generator(0, 0)), key=lambda indices: max(lengths[i] for i in indices))
+    ordered = sorted(batches.epoch_batches(lengths, None, batch=size, random=batches.generator(0, 0)), key=lambda indices: max(lengths[i] for i in indices))
     picked = [ordered[round(q * (len(ordered) - 1))] for q in (0.1, 0.3, 0.5, 0.7, 0.9)]
     return [plan.task.kind.collate([encodings[i] for i in indices], surgery.state(model).processor) for indices in picked]

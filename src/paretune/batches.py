@@ -13,12 +13,12 @@ import torch
 POOL = 32  # batches that are sorted by length together; between pools and batches the order is random
 
 
-def generator(seed: int, epoch: int, purpose: int = 0) -> torch.Generator:
+def generator(seed: int, epoch: int, *, purpose: int = 0) -> torch.Generator:
     """Random numbers for one epoch and purpose (0 the order, 1 the choice of examples)."""
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 7 + purpose)
 
 
-def epoch_batches(lengths: Sequence[int], visited: Sequence[int] | None, batch: int, random: torch.Generator) -> list[list[int]]:
+def epoch_batches(lengths: Sequence[int], visited: Sequence[int] | None, *, batch: int, random: torch.Generator) -> list[list[int]]:
     """The batches of one epoch as lists of example indices.
 
     Examples are shuffled, sorted by length within pools of 32 batches (so that a batch pads little), and the batches
@@ -37,6 +37,6 @@ def by_length(lengths: Sequence[int], batch: int) -> list[list[int]]:
     return [order[i : i + batch] for i in range(0, len(order), batch)]
 
 
-def steps(examples: int, batch: int, share: float = 1.0) -> int:
+def steps(examples: int, batch: int, *, share: float = 1.0) -> int:
     """Optimizer steps of (a share of) an epoch."""
     return max(1, math.ceil(math.ceil(examples / batch) * share))

@@ -58,7 +58,7 @@ def one_of(names: Iterable[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" or {names[-1]}" if names else "nothing"
 
 
-def unknown(thing: str, given: str, allowed: Iterable[str]) -> str:
+def unknown(thing: str, given: str, *, allowed: Iterable[str]) -> str:
     """One sentence for a name that is not among the allowed ones."""
     allowed = list(allowed)
     return f"{thing} {given!r} is not known{did_you_mean(given, allowed)}; there are {one_of(allowed)}"

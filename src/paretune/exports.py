@@ -31,7 +31,7 @@ def write(run: store.Run, folder: Path, *, to: str = "hf") -> Path:
         StoreError: for a folder that holds something already, or a run without a model.
     """
     if to not in FORMATS:
-        raise Incompatible(unknown("export format", to, FORMATS))
+        raise Incompatible(unknown("export format", to, allowed=FORMATS))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StoreError(f"{folder} holds something already; name a new or an empty folder")
     if not (run.folder / "model" / "config.json").is_file():

@@ -132,7 +132,7 @@ def run(
     plan = _plan(as_recipe(recipe), task, backbone, Path(out), seed, options)
     runs.refuse_existing([plan], plan.out, resume=resume)
     made = runs.make(plan, str(as_recipe(recipe)))
-    return made if runs.is_measured(made) else runs.measure([made], plan.task, options, progress=_measuring(options))[0]
+    return made if runs.is_measured(made) else runs.measure([made], plan.task, options=options, progress=_measuring(options))[0]
 
 
 def _measuring(options: Options) -> Callable[[str, int, int], None] | None:
@@ -158,7 +158,7 @@ def plan_frontier(
     plans = [(text, _plan(as_recipe(text), task, backbone, Path(out), seed, options)) for seed in range(seeds) for text in texts]
     if options.training.time_budget_s is None:
         return plans
-    max_train = allotment.remembered(Path(out), plans, options)
+    max_train = allotment.remembered(Path(out), plans, options=options)
     fewer = dataclasses.replace(options, training=dataclasses.replace(options.training, time_budget_s=None, max_train=max_train))
     return plan_frontier(task, backbone=backbone, recipes=recipes, seeds=seeds, out=out, options=fewer)
 
@@ -181,7 +181,7 @@ def frontier(
         made.append(runs.make(_telling(plan, recipe=text, run=i + 1, runs=len(plans)), text))
     open_runs = [r for r in made if not runs.is_measured(r)]
     if open_runs:
-        runs.measure(open_runs, plans[0][1].task, options, progress=_measuring(options))
+        runs.measure(open_runs, plans[0][1].task, options=options, progress=_measuring(options))
     return Front([Run.read(r.folder) for r in made], battery, folder=Path(out))
 
 

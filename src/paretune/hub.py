@@ -33,7 +33,8 @@ def record(model: Any) -> dict[str, Any] | None:
                 selected.append({"adapter": adapter, "key": key, "module": path, "names": list(patch.names)})
             else:
                 site = {**dataclasses.asdict(patch.site), "rows": _short(patch.site.rows)}
-                patches.append({"adapter": adapter, "key": key, "method": patch.method.spell(), "site": site})
+                form = {"settled": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in patch.named_buffers()}} if patch.settled else {}
+                patches.append({"adapter": adapter, "key": key, "method": patch.method.spell(), "site": site, **form})
     packed = [{"path": p, "method": m.packed_by} for p, m in model.named_modules() if hasattr(m, "packed_by")]
     if not (patches or selected or packed):
         return None
@@ -73,6 +74,8 @@ def refresh(model: Any) -> None:
 
 def rebuild(model: Any, wanted: dict[str, Any]) -> None:
     """Gives a plain model the patches and packed modules that the record names; their values are loaded later."""
+    import torch
+
     from paretune import surgery
     from paretune.anatomy import Site
     from paretune.recipe import parse
@@ -83,9 +86,15 @@ def rebuild(model: Any, wanted: dict[str, Any]) -> None:
     here = surgery.state(model)
     for name, methods in wanted["adapters"].items():
         here.adapters[name] = tuple(m for text in methods for m in parse(text).phases[0])
+        for method in here.adapters[name]:
+            if method.role == "adapter":
+                surgery.share(model, name, method)
     for item in wanted["patches"]:
         site = Site(**{**item["site"], "rows": _long(item["site"]["rows"])})
-        surgery.install(model, item["adapter"], _method(item["method"]), site, key=item["key"])
+        patch = surgery.install(model, item["adapter"], _method(item["method"]), site, key=item["key"])
+        if "settled" in item:
+            patch.hold({n: torch.empty(shape, dtype=getattr(torch, dtype)) for n, (dtype, shape) in item["settled"].items()})
+    surgery.sweep(model)
     for item in wanted["selected"]:
         surgery.select(model, item["adapter"], item["key"], [f"{item['module']}.{n}".lstrip(".") for n in item["names"]])
     for _, _, seam in surgery.seams_of(model):

@@ -32,7 +32,7 @@ class Pace:
 _CHOSEN: dict[tuple, Pace] = {}
 
 
-def choose(model: nn.Module, kind: Any, batch: dict[str, Tensor], schedule: Schedule) -> Pace:
+def choose(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], schedule: Schedule) -> Pace:
     """The fastest pace for this phase, by three interleaved rounds of forward and backward on one batch.
 
     An explicit `schedule(dtype=...)` is taken as it is, with the model's own attention.
@@ -48,7 +48,7 @@ def choose(model: nn.Module, kind: Any, batch: dict[str, Tensor], schedule: Sche
         state = torch.get_rng_state()
         for _ in range(ROUNDS):
             for pace in candidates:
-                seconds[pace] = min(seconds[pace], step_seconds(model, kind, batch, pace, dropout=schedule.dropout))
+                seconds[pace] = min(seconds[pace], step_seconds(model, kind, batch=batch, pace=pace, dropout=schedule.dropout))
         torch.set_rng_state(state)
         _CHOSEN[key] = min(candidates, key=seconds.__getitem__)
     return _CHOSEN[key]
@@ -68,7 +68,7 @@ def _attentions(model: Any) -> list[str]:
     return list(dict.fromkeys([own, "eager"])) if own == "sdpa" else [own]
 
 
-def step_seconds(model: nn.Module, kind: Any, batch: dict[str, Tensor], pace: Pace, *, dropout: bool) -> float:
+def step_seconds(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], pace: Pace, dropout: bool) -> float:
     """Wall seconds of one forward and backward pass at a pace; no gradient is kept and no parameter moves."""
     was_training = model.training
     with paced(model, pace, dropout=dropout):

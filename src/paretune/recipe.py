@@ -201,7 +201,7 @@ class _Parser:
                 raise RecipeError(f"{method} has {len(allowed)} knobs, and more values were given" if allowed else f"{method} has no knobs")
             return allowed[len(knobs)]
         if name not in allowed:
-            raise RecipeError(unknown(f"{method}: knob", name, allowed) if allowed else f"{method} has no knobs; {name!r} was given")
+            raise RecipeError(unknown(f"{method}: knob", name, allowed=allowed) if allowed else f"{method} has no knobs; {name!r} was given")
         self.at += 1
         if not self._skip("="):
             self._fail("=")

@@ -102,7 +102,7 @@ def is_recipe(name: str) -> bool:
 
 def _find(name: str) -> tuple[str, Path]:
     if name not in _files():
-        raise RecipeError(unknown("method", name, _files()) + "; `paretune methods` describes them")
+        raise RecipeError(unknown("method", name, allowed=_files()) + "; `paretune methods` describes them")
     return _files()[name]
 
 

@@ -16,7 +16,7 @@ from paretune.card import Card
 from paretune.errors import Incompatible, RecipeError, did_you_mean, one_of
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from paretune.recipe import Recipe
     from paretune.surgery import Patch, Site
@@ -117,6 +117,14 @@ class Adapter(Method):
     def patch(self, site: Site) -> Patch:
         """A fresh patch for one site; its initial values come from torch's global generator."""
         raise AssertionError(f"{self!r} gives sites and no patch")
+
+    def shared(self, model: nn.Module) -> nn.Module | None:
+        """Tensors that all patches of this adapter have in common, as `patch.shared`; trained and saved once."""
+        return None
+
+    def settle(self, patches: list[Patch]) -> list[dict[str, Tensor]]:
+        """What each patch holds once its phase has ended; overridden where that depends on all of them together."""
+        return [patch.settle() for patch in patches]
 
     def selection(self, model: nn.Module) -> list[str]:
         """Names (as in `named_parameters`) of the existing parameters that learn."""

@@ -58,12 +58,12 @@ def _record(plan: Plan, spelling: str, records: list[dict[str, Any]], part: Path
     task = plan.task
     model = inference.open_model(part / "model", task)
     found = training.predict(model, task, task.test)
-    each = tasks.per_example(task, found, task.test)
-    score = tasks.score(task, found, task.test)
+    each = tasks.per_example(task, found, rows=task.test)
+    score = tasks.score(task, found, rows=task.test)
     low, high = intervals.score_interval([each]) if each else (None, None)
     store.write_json(part / "per_example.json", each)
     store.write_json(part / "sample.json", list(task.test[: inference.SAMPLE]) if _plain(task.test[:1]) else [])
-    validation = tasks.score(task, training.predict(model, task, task.validation), task.validation) if len(task.validation) else None
+    validation = tasks.score(task, training.predict(model, task, task.validation), rows=task.validation) if len(task.validation) else None
     return {
         "format": store.FORMAT, "id": plan.id, "recipe": spelling, "resolved": plan.recipe.resolved, "recipe_id": plan.recipe.id,
         "backbone": plan.backbone.name, "backbone_revision": plan.backbone.revision, "weights_sha256": plan.backbone.weights_sha256,
@@ -95,7 +95,7 @@ def _training_cost(records: list[dict[str, Any]], stored: float) -> Cost:
     )
 
 
-def measure(runs: Sequence[Run], task: Any, options: Options, *, progress: Callable[[str, int, int], None] | None = None) -> list[Run]:
+def measure(runs: Sequence[Run], task: Any, *, options: Options, progress: Callable[[str, int, int], None] | None = None) -> list[Run]:
     """Measures the inference of runs, interleaved, and writes it into their run.json. Runs of one recipe share one measurement."""
     first = {run.recipe: run for run in reversed(runs)}
     benches = {recipe: Bench(_open(run, task, options), task) for recipe, run in first.items()}

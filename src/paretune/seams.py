@@ -27,10 +27,18 @@ class Patch(nn.Module):
     """One method's tensors at one site. `patch(x, y)` gives the output, from the module's input x and output y."""
 
     wraps: ClassVar[bool] = False  # does it act around the whole call, through `around`?
+    method: Any  # the adapter it is of; set when it is installed
+    shared: nn.Module | None  # what `Adapter.shared` gave: one for all patches of the adapter; set when it is installed
 
     def __init__(self, site: Site | None = None) -> None:
         super().__init__()
         self.site = site
+        self.settled = False  # has it given up its training form?
+        self.borrow(None)
+
+    def borrow(self, shared: nn.Module | None) -> None:
+        """Takes the adapter's shared module, not as a child: its tensors are stored once, where it is installed."""
+        self.__dict__["shared"] = shared
 
     def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """For a patch that `wraps`: the module's call, with other inputs or another reading of its outputs."""
@@ -50,6 +58,19 @@ class Patch(nn.Module):
         Only methods whose card does not exclude merging have it.
         """
         raise AssertionError(f"{type(self).__name__} has no matrix")
+
+    def settle(self) -> dict[str, Tensor]:
+        """At the end of its phase: the frozen tensors by which it works from here on; none if it stays as it is."""
+        return {}
+
+    def hold(self, tensors: dict[str, Tensor]) -> None:
+        """Has these tensors in the place of all that it had to train; the patch tells by `settled` which form it has."""
+        for own in (self._parameters, self._buffers, self._modules):
+            own.clear()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.settled = True
+        self.borrow(None)
 
 
 class Selected(Patch):
@@ -85,10 +106,17 @@ class Seam(nn.Module):
         for adapter, group in self.named_children():
             if adapters is None or adapter in adapters:
                 for key, patch in group.named_children():
-                    yield adapter, key, patch  # type: ignore[misc]
+                    if isinstance(patch, Patch):
+                        yield adapter, key, patch
 
-    def add(self, adapter: str, key: str, patch: Patch) -> None:
-        """Puts a patch in; a second patch of one method gets a number."""
+    def shared(self, adapters: Sequence[str] | None = None) -> Iterator[tuple[str, str, nn.Module]]:
+        """(adapter, key, module) of what the patches of a method share; it is kept at the seam of the whole model."""
+        for adapter, group in self.named_children():
+            if adapters is None or adapter in adapters:
+                yield from ((adapter, key, module) for key, module in group.named_children() if not isinstance(module, Patch))
+
+    def add(self, adapter: str, key: str, patch: nn.Module) -> None:
+        """Puts a patch (or what patches share) in; a second one of a method gets a number."""
         group = self._modules.get(adapter)
         if group is None:
             group = nn.Module()

@@ -18,7 +18,7 @@ from paretune import anatomy, hub, seams
 from paretune.anatomy import Site
 from paretune.errors import Incompatible, did_you_mean, one_of
 from paretune.roles import Adapter
-from paretune.seams import CHILD, Seam, Selected
+from paretune.seams import CHILD, Patch, Seam, Selected
 
 HEAD = "head_weights"  # the method key under which an adapter keeps its own head
 
@@ -65,6 +65,7 @@ def attach(model: nn.Module, methods: Sequence[Adapter], *, name: str = "default
         switch(model)
     freeze(model)
     for method, sites, selected in plan:
+        share(model, name, method)
         for site in sites:
             install(model, name, method, site)
         select(model, name, method.spelling(), selected)
@@ -91,17 +92,28 @@ def _check_name(name: str, here: State) -> None:
         raise Incompatible(f"adapter name {name!r}: a name is letters, digits and underscores, and none of torch's own")
 
 
-def install(model: nn.Module, name: str, method: Adapter, site: Site, *, key: str | None = None) -> None:
+def share(model: nn.Module, name: str, method: Adapter) -> None:
+    """Puts what the patches of a method share at the seam of the whole model, where no dropped layer takes it along."""
+    module = method.shared(model)
+    if module is not None:
+        module.method = method
+        module.to(next(model.parameters()).device)
+        seams.open_seam(model, working=False).add(name, f"{method.spelling()}_shared", module)
+
+
+def install(model: nn.Module, name: str, method: Adapter, site: Site, *, key: str | None = None) -> Patch:
     """Puts one patch of a method at one site; `attach` does it for all, and checks first."""
     patch = method.patch(site)
-    module = model.get_submodule(site.path)
+    module, root = model.get_submodule(site.path), seams.seam_of(model)
     patch.method = method
+    patch.borrow(next((m for _, _, m in root.shared([name]) if m.method == method), None) if root else None)
     patch.to(next(model.parameters()).device)
     seams.open_seam(module, working=True).add(name, key or method.spelling(), patch)
     waits = seams.capture_key(site)
     if waits:
         source = seams.open_seam(model.get_submodule(site.source), working=True)
         source.captures = tuple(dict.fromkeys((*source.captures, (name, waits))))
+    return patch
 
 
 def select(model: nn.Module, name: str, key: str, parameters: Sequence[str]) -> None:
@@ -230,7 +242,9 @@ def _close_if_empty(module: nn.Module, seam: Seam) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """Drops the originals of selected parameters and the memory of a merge: the model's values are its own from here on.
+    """Ends a phase: trained values are the model's own from here on, and patches give up their training form.
+
+    The originals of selected parameters and the memory of a merge are dropped.
 
     Raises:
         Incompatible: for an adapter that is not active and has trained weights of its own, which would no longer fit.
@@ -244,14 +258,38 @@ def settle(model: nn.Module) -> None:
                     f"adapter {adapter!r} is not active and has weights of its own, which a change of the model would outdate; remove it first"
                 )
     forget(model)
+    _settle_patches(model)
     for _, module, seam in seams_of(model):
         for adapter, key, patch in list(seam.patches(here.active)):
             if isinstance(patch, Selected):
                 del seam._modules[adapter]._modules[key]
+    sweep(model)
+    hub.refresh(model)
+
+
+@torch.no_grad()
+def _settle_patches(model: nn.Module) -> None:
+    groups: dict[tuple[str, Adapter], list[Patch]] = {}
+    for _, _, seam in seams_of(model):
+        for adapter, _, patch in seam.patches(state(model).active):
+            if not isinstance(patch, Selected) and not patch.settled:
+                groups.setdefault((adapter, patch.method), []).append(patch)
+    for (_, method), patches in groups.items():
+        for patch, tensors in zip(patches, method.settle(patches), strict=True):
+            if tensors:
+                patch.hold(tensors)
+
+
+def sweep(model: nn.Module) -> None:
+    """Takes away what no patch shares any more, and seams that hold nothing."""
+    used = {id(p.shared) for _, _, seam in seams_of(model) for _, _, p in seam.patches()}
+    for _, module, seam in seams_of(model):
+        for adapter, key, shared in list(seam.shared()):
+            if id(shared) not in used:
+                del seam._modules[adapter]._modules[key]
         for adapter in [a for a, group in seam.named_children() if not group._modules]:
             del seam._modules[adapter]
         _close_if_empty(module, seam)
-    hub.refresh(model)
 
 
 def merge(model: nn.Module) -> None:

@@ -123,9 +123,9 @@ class Loop:
     def run(self) -> Fitted:
         """All epochs, from the start or from the newest checkpoint."""
         was_training = self.model.training
-        self.pace = probe.choose(self.model, self.task.kind, self._probe_batch(), self.schedule)
+        self.pace = probe.choose(self.model, self.task.kind, batch=self._probe_batch(), schedule=self.schedule)
         sizes = [len(self._visited(e) or self.encodings) for e in range(self._epochs)]
-        self.per_epoch = [batches.steps(n, self.schedule.batch, min(1.0, self.schedule.epochs - e)) for e, n in enumerate(sizes)]
+        self.per_epoch = [batches.steps(n, self.schedule.batch, share=min(1.0, self.schedule.epochs - e)) for e, n in enumerate(sizes)]
         self.total = sum(self.per_epoch)
         cursor = checkpoints.restore(self) if self.settings.folder else 0
         with probe.paced(self.model, self.pace, dropout=self.schedule.dropout):
@@ -154,14 +154,14 @@ class Loop:
     def _visited(self, epoch: int) -> Sequence[int] | None:
         visited: Sequence[int] | None = None
         for events in self.events:
-            chosen = events.indices(epoch, len(visited or self.encodings), batches.generator(self.settings.seed, epoch, 1))
+            chosen = events.indices(epoch, len(visited or self.encodings), batches.generator(self.settings.seed, epoch, purpose=1))
             if chosen is not None:
                 visited = list(chosen) if visited is None else [visited[i] for i in chosen]
         return visited
 
     def _run_epoch(self, skip: int) -> None:
         random = batches.generator(self.settings.seed, self.epoch)
-        plan = batches.epoch_batches(self.lengths, self._visited(self.epoch), self.schedule.batch, random)[: self.per_epoch[self.epoch]]
+        plan = batches.epoch_batches(self.lengths, self._visited(self.epoch), batch=self.schedule.batch, random=random)[: self.per_epoch[self.epoch]]
         self.model.train()
         if not skip:
             self.epoch_loss, self.epoch_targets, self.epoch_examples = 0.0, 0, 0
@@ -261,7 +261,7 @@ class Loop:
 
     def _validate(self) -> float:
         watched = self.task.validation[:WATCHED]
-        return score(self.task, predict(self.model, self.task, watched, pace=self.pace), watched)
+        return score(self.task, predict(self.model, self.task, watched, pace=self.pace), rows=watched)
 
     def _report(self, seconds: float, done: int, steps: int) -> None:
         if self.settings.report:

@@ -76,7 +76,7 @@ def read(text: str, dimension: str) -> float:
         raise BudgetError(f"{text!r} is not {_a(dimension)}: write a number and a unit out of {', '.join(allowed)}, as in {_EXAMPLE[dimension]}")
     number, unit = plain.groups()
     if UNITS.get(unit, ("",))[0] != dimension:
-        raise BudgetError(f"{text!r}: {unknown(f'unit of {dimension}', unit, allowed)}")
+        raise BudgetError(f"{text!r}: {unknown(f'unit of {dimension}', unit, allowed=allowed)}")
     return float(number) * UNITS[unit][1]
 
 
@@ -94,14 +94,14 @@ def quantity(name: str) -> Quantity:
         BudgetError: for a name that is none, with the nearest one.
     """
     if name not in QUANTITIES:
-        raise BudgetError(unknown("quantity", name, QUANTITIES))
+        raise BudgetError(unknown("quantity", name, allowed=QUANTITIES))
     return QUANTITIES[name]
 
 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 
 
-def show(value: float | None, unit: str = "", digits: int = 3) -> str:
+def show(value: float | None, unit: str = "", *, digits: int = 3) -> str:
     """A value for people: three significant digits and an SI prefix where the unit takes one.
 
     >>> show(22713216), show(0.00153, "J"), show(None), show(91.2, "MB")

@@ -81,7 +81,7 @@ def test_co2_water_and_money_of_a_kilowatt_hour() -> None:
     cooled = carbon.water("US", data_center=True).of(energy)
     assert cooled.value == pytest.approx(0.55 + 1.17 * 3.142)
     assert cooled.scale == pytest.approx((1.0, (0.55 + 1.17 * 4.35) / (0.55 + 1.17 * 3.142)))
-    assert carbon.money(0.3, "EUR", "my bill, 2026").of(energy).value == pytest.approx(0.3)
+    assert carbon.money(0.3, "EUR", source="my bill, 2026").of(energy).value == pytest.approx(0.3)
 
 
 def test_factors_are_stated_or_refused() -> None:
@@ -93,4 +93,4 @@ def test_factors_are_stated_or_refused() -> None:
         carbon.co2("DE").of(Reading(1.0, "s"))
     with pytest.raises(MeterError):
         carbon.Factor(-1.0, "g CO2", "nowhere")
-    assert carbon.co2("DE").of(missing("J", "no meter")) == missing("g CO2", "no meter", "; " + carbon.co2("DE").source)
+    assert carbon.co2("DE").of(missing("J", "no meter")) == missing("g CO2", "no meter", source="; " + carbon.co2("DE").source)

@@ -157,6 +157,6 @@ def test_markers_align_a_clock_with_offset_and_drift(tmp_path: Path, hertz: floa
 def test_a_log_without_the_marker_is_refused() -> None:
     times, watts, before, after = scene(0.0, 1.0, 10.0)
     with pytest.raises(MeterError, match="does not show the marker"):
-        clocks(Trace(times, np.full_like(watts, 2.0)), before, after)
+        clocks(Trace(times, np.full_like(watts, 2.0)), before, after=after)
     with pytest.raises(MeterError, match="shorter than"):
-        clocks(Trace(times[:50], watts[:50]), before, after)
+        clocks(Trace(times[:50], watts[:50]), before, after=after)

@@ -55,7 +55,7 @@ def test_the_answer_names_recipe_and_command_or_the_nearest() -> None:
 def test_the_printed_table_shows_every_recipe_and_no_markup_is_obeyed() -> None:
     runs = [*records(1), record("full") | {"id": "x", "recipe_id": "x", "recipe": "[bold]full[/nothing]"}]
     out = io.StringIO()
-    table.show_all(Front(runs, "15 Wh"), [budgets.parse("stored_mb=30")], Console(file=out, width=200))
+    table.show_all(Front(runs, "15 Wh"), [budgets.parse("stored_mb=30")], console=Console(file=out, width=200))
     text = out.getvalue()
     assert "[bold]full[/nothing]" in text and "full  (reference)" in text
     assert "paretune run 'lora(r=8) | merge | vocabulary | int8' --task stdlib-topics --backbone minilm --seed 0" in text

@@ -77,8 +77,8 @@ def test_classification(text: str, tmp_path: Path) -> None:
         assert prediction == pytest.approx(alone.logits.softmax(-1)[0].tolist(), abs=1e-5)
         right.append(float(alone.logits.argmax() == label))
     assert (count, float(total)) == (len(task.test), pytest.approx(expected, rel=1e-5))
-    assert tasks.per_example(task, predictions, task.test) == right
-    assert tasks.score(task, predictions, task.test) == pytest.approx(sum(right) / len(right))
+    assert tasks.per_example(task, predictions, rows=task.test) == right
+    assert tasks.score(task, predictions, rows=task.test) == pytest.approx(sum(right) / len(right))
     assert set(batch) == {*own, "labels"}
 
 
@@ -103,8 +103,8 @@ def test_regression(tmp_path: Path) -> None:
     assert float(total) == pytest.approx(float(((outputs.logits[:, 0] - truth) ** 2).sum()), rel=1e-5)
     assert predictions == pytest.approx(outputs.logits[:, 0].tolist())
     together = torch.stack([truth, torch.tensor(predictions)])
-    assert tasks.score(task, predictions, task.test) == pytest.approx(float(torch.corrcoef(together)[0, 1]), abs=1e-5)
-    assert tasks.per_example(task, predictions, task.test) is None
+    assert tasks.score(task, predictions, rows=task.test) == pytest.approx(float(torch.corrcoef(together)[0, 1]), abs=1e-5)
+    assert tasks.per_example(task, predictions, rows=task.test) is None
 
 
 def tagged(i: int) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def test_tokens(processor: Any, tmp_path: Path) -> None:
     for row, encoding in zip(task.test, encodings, strict=True):  # the marked tokens begin the words
         marked = [tokenizer.decode([t]).strip() for t, label in zip(encoding["input_ids"], encoding["labels"], strict=True) if label != -100]
         assert all(start == "[UNK]" or word.startswith(start) for word, start in zip(row["tokens"], marked, strict=True))
-    assert tasks.score(task, task.test.column("tags"), task.test) == 1.0
+    assert tasks.score(task, task.test.column("tags"), rows=task.test) == 1.0
 
 
 def test_tokens_with_tags_that_do_not_fit(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_multilabel_from_lists_and_from_columns(tmp_path: Path) -> None:
     assert float(total) == pytest.approx(float(functional.binary_cross_entropy(outputs.logits.sigmoid(), truth, reduction="sum")), rel=1e-5)
     assert predictions[0] == pytest.approx(outputs.logits.sigmoid()[0].tolist())
     assert columns.kind.answer(columns, [0.9, 0.1, 0.6])["label"] == "a|c"
-    assert tasks.score(columns, truth.tolist(), columns.test) == 1.0
+    assert tasks.score(columns, truth.tolist(), rows=columns.test) == 1.0
 
 
 def question(i: int) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def test_choice(tmp_path: Path) -> None:
     assert predictions[0] == pytest.approx(alone.softmax(-1).tolist(), abs=1e-5)
     expected = functional.cross_entropy(outputs.logits, torch.tensor(task.test.column("n")), reduction="sum")
     assert (count, float(total)) == (len(task.test), pytest.approx(float(expected), rel=1e-5))
-    assert tasks.score(task, [[1 - n, n] for n in task.test.column("n")], task.test) == 1.0
+    assert tasks.score(task, [[1 - n, n] for n in task.test.column("n")], rows=task.test) == 1.0
 
 
 def test_choice_with_a_wrong_place(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_generation_with_a_decoder(side: str, tmp_path: Path) -> None:
         tokens += target.shape[1]
         assert prediction == tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True).strip()
     assert (count, float(total)) == (tokens, pytest.approx(expected, rel=1e-4))
-    assert tasks.score(task, [" ".join(row["target"]) for row in task.test], task.test) == 1.0
+    assert tasks.score(task, [" ".join(row["target"]) for row in task.test], rows=task.test) == 1.0
     long = task.encode(task.test, tokenizer, 12)
     assert all(len(e["input_ids"]) <= 12 and any(label != -100 for label in e["labels"]) for e in long)
 
@@ -226,14 +226,14 @@ def test_references_are_all_learned_and_any_of_them_is_right(tmp_path: Path) -> 
     assert many.kind.name == "generation"
     assert len(many.train) % 2 == 0 and all(len(row["target"]) == 1 for row in many.train)
     assert all(len(row["target"]) == 2 for row in many.test)
-    assert tasks.score(many, [row["target"][1] for row in many.test], many.test) == 1.0
+    assert tasks.score(many, [row["target"][1] for row in many.test], rows=many.test) == 1.0
 
 
 def test_generation_scored_by_perplexity(tmp_path: Path) -> None:
     task = build(tmp_path, prompted, text="prompt", label="target", metric="perplexity")
     tokenizer = tiny.bpe_tokenizer()
     *_, total, count, predictions = run(task, load(task, "gpt2", vocab_size=len(tokenizer)), tokenizer, task.test)
-    assert tasks.score(task, predictions, task.test) == pytest.approx(math.exp(float(total) / count), rel=1e-5)
+    assert tasks.score(task, predictions, rows=task.test) == pytest.approx(math.exp(float(total) / count), rel=1e-5)
     assert task.better == "lower"
 
 
@@ -253,7 +253,7 @@ def test_language(tmp_path: Path) -> None:
         with torch.no_grad():
             expected += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
     assert float(total) == pytest.approx(expected, rel=1e-4)
-    assert tasks.score(task, predictions, task.test) == pytest.approx(math.exp(expected / count), rel=1e-4)
+    assert tasks.score(task, predictions, rows=task.test) == pytest.approx(math.exp(expected / count), rel=1e-4)
 
 
 def test_language_needs_a_decoder(tmp_path: Path) -> None:
@@ -272,4 +272,4 @@ def test_a_scikit_learn_scorer_by_name(tmp_path: Path) -> None:
     logits = torch.rand(len(task.test), 3, generator=torch.Generator().manual_seed(0))
     predictions = logits.softmax(-1).tolist()  # fp32: the rows sum to one only nearly
     truth = [task.labels.index(label) for label in task.test.column("label")]
-    assert tasks.score(task, predictions, task.test) == pytest.approx(-log_loss(truth, logits.double().softmax(-1).tolist()))
+    assert tasks.score(task, predictions, rows=task.test) == pytest.approx(-log_loss(truth, logits.double().softmax(-1).tolist()))

@@ -42,16 +42,16 @@ def test_a_score(name: str, data: list[Any], expected: float) -> None:
 
 
 def test_perplexity_weighs_tokens_not_texts() -> None:
-    assert metrics.evaluate("perplexity", [], [(2 * math.log(8), 2), (6 * math.log(2), 6)]) == pytest.approx(8 ** (2 / 8) * 2 ** (6 / 8))
+    assert metrics.evaluate("perplexity", [], predicted=[(2 * math.log(8), 2), (6 * math.log(2), 6)]) == pytest.approx(8 ** (2 / 8) * 2 ** (6 / 8))
 
 
 def test_a_constant_prediction_correlates_with_nothing() -> None:
-    assert metrics.evaluate("pearson", [1.0, 2.0, 3.0], [5.0, 5.0, 5.0]) == 0.0
-    assert metrics.evaluate("spearman", [1.0, 2.0, 3.0], [5.0, 5.0, 5.0]) == 0.0
+    assert metrics.evaluate("pearson", [1.0, 2.0, 3.0], predicted=[5.0, 5.0, 5.0]) == 0.0
+    assert metrics.evaluate("spearman", [1.0, 2.0, 3.0], predicted=[5.0, 5.0, 5.0]) == 0.0
 
 
 def test_exact_match_takes_any_reference_and_forgives_spaces() -> None:
-    assert metrics.evaluate("exact_match", [["a b", "c"], ["d"], ["e"]], [" c ", "d d", "e"]) == pytest.approx(2 / 3)
+    assert metrics.evaluate("exact_match", [["a b", "c"], ["d"], ["e"]], predicted=[" c ", "d d", "e"]) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
@@ -67,4 +67,4 @@ def test_exact_match_takes_any_reference_and_forgives_spaces() -> None:
     ],
 )
 def test_spans_count_only_whole(truth: str, predicted: str, expected: float) -> None:
-    assert metrics.evaluate("f1_spans", [truth.split()], [predicted.split()]) == expected
+    assert metrics.evaluate("f1_spans", [truth.split()], predicted=[predicted.split()]) == expected

@@ -43,7 +43,7 @@ def measure(folder: str, metering: Metering, *, meter_log: str | None, markers: 
     options = Options(compute=compute, metering=dataclasses.replace(metering, log=log))
     runs.set_threads(options)
     with progress.Progress() as report:
-        (measured,) = runs.measure([found], _measured_on(found), options, progress=lambda what, i, n: report({"measuring": what, "done": i, "of": n}))
+        (measured,) = runs.measure([found], _measured_on(found), options=options, progress=lambda what, i, n: report({"measuring": what, "done": i, "of": n}))
     show.run(measured)
 
 

@@ -99,7 +99,7 @@ class Data:
         from paretune.tasks.stdlib_topics import NAME
 
         if self.task and self.task != NAME:
-            raise DataError(unknown("task", self.task, [NAME]))
+            raise DataError(unknown("task", self.task, allowed=[NAME]))
         stated = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("data", "task")}
         return tasks.task(self.data or NAME, **stated)
 

@@ -61,5 +61,5 @@ def front(runs: Sequence[Run], budgets: Budgets, *, out: Path) -> None:
     found = Front(runs, budgets.battery, rate=budgets.rate, folder=out)
     written = found.report(out, budgets.under)
     wide = None if sys.stdout.isatty() else _WIDTH
-    table.show_all(found, [limits.parse(text, found.metric) for text in budgets.under], Console(width=wide))
+    table.show_all(found, [limits.parse(text, found.metric) for text in budgets.under], console=Console(width=wide))
     click.echo("\nwritten: " + ", ".join(map(str, written)))

@@ -48,7 +48,7 @@ def emit(busy: Callable[[], object], *, repeats: int = 3, seconds: float = 2.0) 
     return edges
 
 
-def clocks(trace: Trace, before: Sequence[float], after: Sequence[float]) -> Alignment:
+def clocks(trace: Trace, before: Sequence[float], *, after: Sequence[float]) -> Alignment:
     """The alignment that puts two markers, one before and one after the work, where the trace shows them.
 
     Args:

@@ -72,7 +72,7 @@ def water(place: str, *, data_center: bool = False, charger_efficiency: float = 
     return Factor(liters, "L water", _source("water", place), high=high)
 
 
-def money(price_per_kwh: float, currency: str, source: str) -> Factor:
+def money(price_per_kwh: float, currency: str, *, source: str) -> Factor:
     """A price of electricity, stated by the user: `money(0.30, "EUR", "my bill, 2026")`."""
     return Factor(price_per_kwh, currency, source)
 
@@ -85,7 +85,7 @@ def _table() -> dict[str, Any]:
 def _of(name: str, place: str) -> Any:
     places = _table()[name]["places"]
     if place not in places:
-        raise MeterError(f"{unknown('place', place, places)}; or state a factor of your own with its source")
+        raise MeterError(f"{unknown('place', place, allowed=places)}; or state a factor of your own with its source")
     return places[place]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from paretune.meters.memory import Peak
 
 
-def main(target: str, arguments: str, answer: str) -> None:
+def main(target: str, arguments: str, *, answer: str) -> None:
     """Runs `target` (`module:function`) on each JSON list in the list `arguments`; writes what memory each took to the file `answer`."""
     module, _, function = target.partition(":")
     job = getattr(importlib.import_module(module), function)
@@ -48,4 +48,4 @@ def _work(job: Callable[..., Any], arguments: list[Any], note: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2], answer=sys.argv[3])

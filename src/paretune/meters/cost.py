@@ -42,7 +42,7 @@ class Cost:
     def __post_init__(self) -> None:
         for name in (*self.reasons, *self.intervals):
             if name not in MEASURED:
-                raise MeterError(unknown("cost", name, MEASURED))
+                raise MeterError(unknown("cost", name, allowed=MEASURED))
         reasons = {name: why for name, why in self.reasons.items() if getattr(self, name) is None}
         # without a gross figure there is no net one, for the same reason
         reasons.setdefault("net_energy_per_inference_j", reasons.get("energy_per_inference_j", "the idle power is not known"))
@@ -75,7 +75,7 @@ class Cost:
         fields = [field.name for field in dataclasses.fields(cls)]
         for name in data:
             if name not in fields:
-                raise MeterError(unknown("cost", name, fields))
+                raise MeterError(unknown("cost", name, allowed=fields))
         return cls(**data)
 
 

@@ -50,7 +50,7 @@ class Power:
         given = dict(part.partition("=")[::2] for part in text.replace(" ", "").split(",") if part)
         for name in given:
             if name not in ("idle", "busy", "scale"):
-                raise MeterError(f"{text!r}: {unknown('power', name, ('idle', 'busy', 'scale'))}, as in idle=2W,busy=6W")
+                raise MeterError(f"{text!r}: {unknown('power', name, allowed=('idle', 'busy', 'scale'))}, as in idle=2W,busy=6W")
         if not {"idle", "busy"} <= set(given):
             raise MeterError(f"{text!r} must state both powers, as in idle=2W,busy=6W")
         try:
@@ -75,7 +75,7 @@ def profile(name: str | Path) -> Power:
     """
     path = profiles().get(str(name), Path(name))
     if not path.is_file():
-        raise MeterError(f"{unknown('power profile', str(name), profiles())}, or a JSON file of your own")
+        raise MeterError(f"{unknown('power profile', str(name), allowed=profiles())}, or a JSON file of your own")
     fields = [field.name for field in dataclasses.fields(Power)]
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -71,7 +71,7 @@ class PerShape:
 def _reading(counter: FlopCounterMode) -> Reading:
     total = counter.get_total_flops()
     if not total:
-        return missing("FLOP", "the counter saw no matrix product or attention; a model without any is not believed", SOURCE)
+        return missing("FLOP", "the counter saw no matrix product or attention; a model without any is not believed", source=SOURCE)
     return Reading(total, "FLOP", source=SOURCE)
 
 

@@ -50,16 +50,16 @@ class Gauge(Meter):
         """Joules taken out, plus or minus one step of the gauge."""
         a, b = start.counters, end.counters
         if not (a["battery_discharging"] and b["battery_discharging"]):
-            return missing("J", "the battery is not discharging: unplug the charger", self.source)
+            return missing("J", "the battery is not discharging: unplug the charger", source=self.source)
         if "battery_j" in a and "battery_j" in b:
             used = a["battery_j"] - b["battery_j"]
         elif "battery_c" in a and "battery_c" in b:
             used = (a["battery_c"] - b["battery_c"]) * (a["battery_v"] + b["battery_v"]) / 2
         else:
-            return missing("J", "the battery gauge did not answer", self.source)
+            return missing("J", "the battery gauge did not answer", source=self.source)
         if used <= STEP_J:
             took = end.wall_s - start.wall_s
-            return missing("J", f"the battery gauge moved by a step or less in {took:.3g} s: take a longer window", self.source)
+            return missing("J", f"the battery gauge moved by a step or less in {took:.3g} s: take a longer window", source=self.source)
         return Reading(used, "J", used - STEP_J, used + STEP_J, source=self.source)
 
 

@@ -59,7 +59,7 @@ class Log(Meter):
             a, b = clocks.to_meter(start.epoch_s), clocks.to_meter(end.epoch_s)
             energy = trace.energy(a, b)
         except MeterError as error:
-            return missing("J", str(error), self.source)
+            return missing("J", str(error), source=self.source)
         low, high = np.quantile(trace.watts, (0.05, 0.95))
         slip = clocks.residual_s * float(high - low)  # what a window gains or loses when its ends are that far off
         spread = (max(energy - slip, 0.0), energy + slip) if slip else (None, None)
@@ -78,7 +78,7 @@ class Log(Meter):
         if self.markers is not None:
             if len(self.markers) < 2:
                 raise MeterError("alignment by markers needs one before the first window and one after the last")
-            return align.clocks(trace, self.markers[0], self.markers[-1])
+            return align.clocks(trace, self.markers[0], after=self.markers[-1])
         if not trace.absolute:
             raise MeterError(f"the times in {self.path.name} are neither dates nor Unix time: align by markers, or log the date")
         return align.Alignment()

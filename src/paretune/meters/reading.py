@@ -109,7 +109,7 @@ class Reading:
         return cls(**{**data, "windows": tuple(data["windows"]), "scale": tuple(data["scale"])})
 
 
-def missing(unit: str, reason: str, source: str = "") -> Reading:
+def missing(unit: str, reason: str, *, source: str = "") -> Reading:
     """A reading that could not be taken, and why."""
     return Reading(None, unit, source=source, reason=reason)
 

@@ -158,4 +158,4 @@ def _number(given: float | str, of_quantity: Quantity) -> float:
 
 
 def _show(number: float, unit: str) -> str:
-    return show(number, unit, 4) if unit or number >= 1 else f"{number:.4f}"
+    return show(number, unit, digits=4) if unit or number >= 1 else f"{number:.4f}"

@@ -89,7 +89,7 @@ def _scale(axes: Axes, name: str, shown: list[Point]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if wide else MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.xaxis.set_minor_locator(NullLocator())
     digits = 3 if wide or not ends else max(3, 2 - int(np.floor(np.log10((max(ends) - min(ends)) / max(ends) or 1))))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if 1000 <= value < 1e6 else show(value, "", digits)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if 1000 <= value < 1e6 else show(value, "", digits=digits)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.grid(color=_FAINT, linewidth=0.7)
     axes.set_axisbelow(True)

@@ -86,7 +86,7 @@ def answers(front: Front, budgets: Sequence[Budget]) -> list[dict[str, Any]]:
     return out
 
 
-def show_all(front: Front, budgets: Sequence[Budget] = (), console: Console | None = None) -> None:
+def show_all(front: Front, budgets: Sequence[Budget] = (), *, console: Console | None = None) -> None:
     """Prints the points as a table, the ledger, and the answer to each budget."""
     console = console or Console()
     x = words.first_axis(front)
@@ -122,7 +122,7 @@ def points(front: Front, x: str, *, narrow: bool = False) -> Table:
         table.add_column(_heading(front, name), justify="right", min_width=7)
     better = records.named("score", front.metric).better
     for point in sorted(front.all, key=lambda p: p.value("score"), reverse=better == "higher"):
-        costs = [show(point.value(name), records.named(name).unit, 4 if name == CHARGE else 3) for name in names]
+        costs = [show(point.value(name), records.named(name).unit, digits=4 if name == CHARGE else 3) for name in names]
         style = "bold" if point in stands else ""
         label = Text(point.recipe + ("  (reference)" if point is front.reference else ""))
         table.add_row("●" if point in stands else "", label, words.with_interval(point.value("score"), point.interval("score")), *costs, style=style)

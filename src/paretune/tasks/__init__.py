@@ -77,21 +77,21 @@ def inputs(task: Task, path: str | Path) -> Iterator[Row]:
     for place, (number, raw) in enumerate(numbered):
         if place == 0:
             for column in task.kind.input_columns(task.columns):
-                reading.require(column, "input", list(raw), path.name)
+                reading.require(column, "input", columns=list(raw), name=path.name)
         try:
             yield task.kind.read(task.columns, raw | {"": str(path.parent)}, label=False)
         except Bad as bad:
             raise bad_cell(bad, f"{path.name}, row {number}") from None
 
 
-def score(task: Task, predictions: Sequence[Any], rows: Sequence[Row]) -> float:
+def score(task: Task, predictions: Sequence[Any], *, rows: Sequence[Row]) -> float:
     """The task's metric over `predictions`, as `kind.predict` gave them for `rows`, in the same order."""
     _same_length(predictions, rows, task)
     truth, predicted = task.kind.compare(task, predictions, rows)
-    return metrics.evaluate(task.metric, truth, predicted, scores=task.kind.scores(predictions))
+    return metrics.evaluate(task.metric, truth, predicted=predicted, scores=task.kind.scores(predictions))
 
 
-def per_example(task: Task, predictions: Sequence[Any], rows: Sequence[Row]) -> list[float] | None:
+def per_example(task: Task, predictions: Sequence[Any], *, rows: Sequence[Row]) -> list[float] | None:
     """1.0 for each right answer and 0.0 for each wrong one; None for a metric that is not their mean."""
     _same_length(predictions, rows, task)
     if task.metric == "exact_match":

@@ -112,7 +112,7 @@ def _by_column(table: Table, column: str, rows: Sequence[Row], parts: dict[str, 
         value = raw[column]
         name = folders.SPLIT_NAMES.get(str(value).strip().lower())
         if missing(value) or name is None:
-            raise DataError(f"{table.where(index)}, column {column!r}: {unknown('split', str(value), SPLITS)}")
+            raise DataError(f"{table.where(index)}, column {column!r}: {unknown('split', str(value), allowed=SPLITS)}")
         parts[name].append(row)
     if not parts["train"]:
         raise DataError(f"{table.name}, column {column!r}: no row says 'train'")

@@ -110,14 +110,14 @@ def check(metric: str, kind: str) -> None:
         DataError: with the nearest name, or the metrics that fit.
     """
     if metric not in names():
-        raise DataError(unknown("metric", metric, OWN) + "; scikit-learn's scorers are allowed too")
+        raise DataError(unknown("metric", metric, allowed=OWN) + "; scikit-learn's scorers are allowed too")
     fits = OWN[metric][1] if metric in OWN else _SCORERS_FIT
     if kind not in fits:
         allowed = [name for name, (_, kinds) in OWN.items() if kind in kinds]
         raise DataError(f"metric {metric!r} does not fit a {kind} task; {', '.join(allowed)} do")
 
 
-def evaluate(metric: str, truth: list[Any], predicted: list[Any], *, scores: np.ndarray | None = None) -> float:
+def evaluate(metric: str, truth: list[Any], *, predicted: list[Any], scores: np.ndarray | None = None) -> float:
     """The score. `scores` (rows, classes) or (rows,) are the raw predictions, for scikit-learn's probability metrics."""
     if metric in OWN:
         return OWN[metric][0](truth, predicted)

@@ -39,10 +39,10 @@ class Table:
 
     def require(self, column: str, role: str) -> None:
         """Refuses a column that is not there, with the nearest name."""
-        require(column, role, self.columns, self.name)
+        require(column, role, columns=self.columns, name=self.name)
 
 
-def require(column: str, role: str, columns: Sequence[str], name: str) -> None:
+def require(column: str, role: str, *, columns: Sequence[str], name: str) -> None:
     """Refuses a column that is not among `columns`.
 
     Raises:

@@ -45,4 +45,4 @@ class _Subset(Events):
         size = max(1, round(self.keep * n))
         if size == n:
             return None
-        return sorted(torch.randperm(n, generator=batches.generator(self.seed, 0, 3)).tolist()[:size])
+        return sorted(torch.randperm(n, generator=batches.generator(self.seed, 0, purpose=3)).tolist()[:size])

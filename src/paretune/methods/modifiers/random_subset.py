@@ -67,4 +67,4 @@ class _Subsets(Events):
         return order[start % n : start % n + size]
 
     def _permutation(self, k: int, n: int) -> list[int]:
-        return torch.randperm(n, generator=batches.generator(self.seed, k, 2)).tolist()
+        return torch.randperm(n, generator=batches.generator(self.seed, k, purpose=2)).tolist()

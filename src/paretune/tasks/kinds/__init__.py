@@ -27,5 +27,5 @@ def kind_class(name: str) -> type[Kind]:
         DataError: for a name that is none, with the nearest one.
     """
     if name not in KINDS:
-        raise DataError(unknown("kind of task", name, KINDS))
+        raise DataError(unknown("kind of task", name, allowed=KINDS))
     return KINDS[name]

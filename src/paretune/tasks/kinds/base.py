@@ -122,7 +122,7 @@ class Kind:
             config: the model's config; needed where encoder-decoder and decoder-only models differ.
         """
         texts = [[row[task.columns[role]] for row in rows] for role in ("text", "pair") if role in task.columns]
-        return self.add_labels(task, rows, tokenize(processor, texts, max_length))
+        return self.add_labels(task, rows, tokenize(processor, texts, max_length=max_length))
 
     def add_labels(self, task: Task, rows: Sequence[Row], encodings: list[Encoding]) -> list[Encoding]:
         """Gives each encoding its row's label, as `label_value` has it, where the row has one."""
@@ -267,7 +267,7 @@ def limit(processor: Any, max_length: int | None) -> int | None:
     return max_length or (processor.model_max_length if processor.model_max_length < 10**6 else None)
 
 
-def tokenize(processor: Any, columns: Sequence[Sequence[Any]], max_length: int | None, **words: bool) -> list[Encoding]:
+def tokenize(processor: Any, columns: Sequence[Sequence[Any]], *, max_length: int | None, **words: bool) -> list[Encoding]:
     """One encoding per row of one or two columns of texts, truncated, not padded. `words`: is_split_into_words."""
     if not columns[0]:
         return []

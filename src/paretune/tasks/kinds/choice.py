@@ -57,7 +57,7 @@ class Choice(Kind):
         """Each value of an encoding is a list with one entry for each choice."""
         choices = [row[task.columns["choices"]] for row in rows]
         first = [row[task.columns["text"]] for row, own in zip(rows, choices, strict=True) for _ in own]
-        flat = iter(tokenize(processor, [first, [choice for own in choices for choice in own]], max_length))
+        flat = iter(tokenize(processor, [first, [choice for own in choices for choice in own]], max_length=max_length))
         encodings = []
         for own in choices:
             parts = [next(flat) for _ in own]

@@ -135,7 +135,7 @@ def _causal(prompts: Sequence[str], targets: Sequence[str | None], processor: An
 
 def _seq2seq(prompts: Sequence[str], targets: Sequence[str | None], processor: Any, max_length: int | None, config: Any) -> list[Encoding]:
     start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.pad_token_id
-    encodings = tokenize(processor, [prompts], max_length)
+    encodings = tokenize(processor, [prompts], max_length=max_length)
     for encoding, target in zip(encodings, targets, strict=True):
         encoding["decoder_input_ids"] = [start]
         if target is not None:
