@@ -76,7 +76,7 @@ def rebuild(model: Any, wanted: dict[str, Any]) -> None:
     """Gives a plain model the patches and packed modules that the record names; their values are loaded later."""
     import torch
 
-    from paretune import surgery
+    from paretune import seams, surgery
     from paretune.anatomy import Site
     from paretune.recipe import parse
 
@@ -93,8 +93,8 @@ def rebuild(model: Any, wanted: dict[str, Any]) -> None:
         site = Site(**{**item["site"], "rows": _long(item["site"]["rows"])})
         patch = surgery.install(model, item["adapter"], _method(item["method"]), site, key=item["key"])
         if "settled" in item:
-            patch.hold({n: torch.empty(shape, dtype=getattr(torch, dtype)) for n, (dtype, shape) in item["settled"].items()})
-    surgery.sweep(model)
+            patch.hold({n: torch.empty(shape, dtype=getattr(torch, dtype), device=model.device) for n, (dtype, shape) in item["settled"].items()})
+    seams.sweep(model)
     for item in wanted["selected"]:
         surgery.select(model, item["adapter"], item["key"], [f"{item['module']}.{n}".lstrip(".") for n in item["names"]])
     for _, _, seam in surgery.seams_of(model):

@@ -146,7 +146,7 @@ class Transform(Method):
         """The changed model: the same object, and the same class."""
         raise AssertionError(f"{self!r} does not say how to change a model")
 
-    def facts(self, processor: Any, model: nn.Module, task: Any) -> dict[str, float]:
+    def facts(self, processor: Any, model: nn.Module, *, task: Any) -> dict[str, float]:
         """What a run's record shall say of the change: by name, from the processor before it and the model after it."""
         return {}
 

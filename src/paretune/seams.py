@@ -239,3 +239,44 @@ def close_seam(module: nn.Module) -> None:
     del module._modules[CHILD]
     if isinstance(module, Adapted):
         module.__class__ = type(module).__bases__[1]
+
+
+def close_if_empty(module: nn.Module) -> None:
+    """Closes a seam that holds nothing."""
+    seam = seam_of(module)
+    if seam is not None and not seam._modules and not seam.captures:
+        close_seam(module)
+
+
+def seams_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Seam]]:
+    """(path, module, seam) of every module that has one."""
+    for path, module in list(model.named_modules()):
+        seam = seam_of(module)
+        if isinstance(seam, Seam):
+            yield path, module, seam
+
+
+@torch.no_grad()
+def settle(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Lets the patches of these adapters give up their training form, all patches of one method at once."""
+    groups: dict[tuple[str, Any], list[Patch]] = {}
+    for _, _, seam in seams_of(model):
+        for adapter, _, patch in seam.patches(adapters):
+            if not isinstance(patch, Selected) and not patch.settled:
+                groups.setdefault((adapter, patch.method), []).append(patch)
+    for (_, method), patches in groups.items():
+        for patch, tensors in zip(patches, method.settle(patches), strict=True):
+            if tensors:
+                patch.hold(tensors)
+
+
+def sweep(model: nn.Module) -> None:
+    """Takes away what no patch shares any more, and seams that hold nothing."""
+    used = {id(patch.shared) for _, _, seam in seams_of(model) for _, _, patch in seam.patches()}
+    for _, module, seam in seams_of(model):
+        for adapter, key, shared in list(seam.shared()):
+            if id(shared) not in used:
+                del seam._modules[adapter]._modules[key]
+        for adapter in [a for a, group in seam.named_children() if not group._modules]:
+            del seam._modules[adapter]
+        close_if_empty(module)

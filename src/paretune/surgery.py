@@ -18,7 +18,7 @@ from paretune import anatomy, hub, seams
 from paretune.anatomy import Site
 from paretune.errors import Incompatible, did_you_mean, one_of
 from paretune.roles import Adapter
-from paretune.seams import CHILD, Patch, Seam, Selected
+from paretune.seams import CHILD, Patch, Seam, Selected, seams_of
 
 HEAD = "head_weights"  # the method key under which an adapter keeps its own head
 
@@ -182,14 +182,6 @@ def _swap(module: nn.Module, seam: Seam, adapter: str) -> None:
             patch.swap(module)
 
 
-def seams_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Seam]]:
-    """(path, module, seam) of every module that has one."""
-    for path, module in list(model.named_modules()):
-        seam = seams.seam_of(module)
-        if isinstance(seam, Seam):
-            yield path, module, seam
-
-
 @contextlib.contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """Within the block, row i of a batch goes through adapter `names[i]` (None: the backbone).
@@ -232,13 +224,8 @@ def remove(model: nn.Module, name: str) -> None:
         seam.captures = tuple((a, k) for a, k in seam.captures if a != name)
         if name in seam._modules:
             del seam._modules[name]
-        _close_if_empty(module, seam)
+        seams.close_if_empty(module)
     _activate(model, active)
-
-
-def _close_if_empty(module: nn.Module, seam: Seam) -> None:
-    if not seam._modules and not seam.captures:
-        seams.close_seam(module)
 
 
 def settle(model: nn.Module) -> None:
@@ -258,38 +245,13 @@ def settle(model: nn.Module) -> None:
                     f"adapter {adapter!r} is not active and has weights of its own, which a change of the model would outdate; remove it first"
                 )
     forget(model)
-    _settle_patches(model)
+    seams.settle(model, here.active)
     for _, module, seam in seams_of(model):
         for adapter, key, patch in list(seam.patches(here.active)):
             if isinstance(patch, Selected):
                 del seam._modules[adapter]._modules[key]
-    sweep(model)
+    seams.sweep(model)
     hub.refresh(model)
-
-
-@torch.no_grad()
-def _settle_patches(model: nn.Module) -> None:
-    groups: dict[tuple[str, Adapter], list[Patch]] = {}
-    for _, _, seam in seams_of(model):
-        for adapter, _, patch in seam.patches(state(model).active):
-            if not isinstance(patch, Selected) and not patch.settled:
-                groups.setdefault((adapter, patch.method), []).append(patch)
-    for (_, method), patches in groups.items():
-        for patch, tensors in zip(patches, method.settle(patches), strict=True):
-            if tensors:
-                patch.hold(tensors)
-
-
-def sweep(model: nn.Module) -> None:
-    """Takes away what no patch shares any more, and seams that hold nothing."""
-    used = {id(p.shared) for _, _, seam in seams_of(model) for _, _, p in seam.patches()}
-    for _, module, seam in seams_of(model):
-        for adapter, key, shared in list(seam.shared()):
-            if id(shared) not in used:
-                del seam._modules[adapter]._modules[key]
-        for adapter in [a for a, group in seam.named_children() if not group._modules]:
-            del seam._modules[adapter]
-        _close_if_empty(module, seam)
 
 
 def merge(model: nn.Module) -> None:

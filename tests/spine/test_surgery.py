@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -14,7 +16,7 @@ from torch import nn
 import paretune  # noqa: F401 - lets transformers open our folders
 import steps
 import tiny
-from paretune import hub, seams, surgery
+from paretune import anatomy, hub, roles, seams, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.adapter import Adapter
 from paretune.methods.adapters.bitfit import BitFit
@@ -22,6 +24,8 @@ from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.head import Head
 from paretune.methods.adapters.ia3 import IA3
 from paretune.methods.adapters.lora import LoRA
+from paretune.methods.transforms.keep_layers import KeepLayers
+from paretune.recipe import Recipe
 
 
 def adapted(*methods, family="bert", task="classification", **how):
@@ -231,6 +235,90 @@ def test_threads_do_not_share_what_a_parallel_adapter_waits_for():
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda s: steps.logits(model, "bert", seed=s), range(8)))
     assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+# --- what patches share, and what they give up ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Shifted(roles.Adapter):
+    """y + a v: v is one for all maps, a is each map's own; settled, a map keeps the product."""
+
+    gives_up: bool = False
+
+    def sites(self, model):
+        return anatomy.resolve(model, "query", kind="linear")
+
+    def shared(self, model):
+        return nn.ParameterDict({"v": nn.Parameter(torch.randn(16))})
+
+    def patch(self, site):
+        return Shift(site)
+
+
+class Shift(seams.Patch):
+    def __init__(self, site):
+        super().__init__(site)
+        self.a = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, y):
+        return y + (self.b if self.settled else self.a * self.shared["v"])
+
+    def settle(self):
+        return {"b": self.a * self.shared["v"]} if self.method.gives_up else {}
+
+
+@pytest.fixture
+def shifted(monkeypatch):
+    """A model with the toy on it, twice over as two methods of one phase; the toy is not in the catalogue, so its spelling is read here."""
+    made = {m.spell(): Recipe(((m,),)) for m in (Shifted(), Shifted(gives_up=True))}
+    monkeypatch.setattr("paretune.recipe.parse", made.__getitem__)
+    return adapted(Shifted(gives_up=True), Shifted(), head=False)
+
+
+def test_a_shared_tensor_is_one_in_training_copies_and_files(shifted, tmp_path):
+    keys = [n for n, _ in shifted.named_parameters(remove_duplicate=False) if n.endswith(".v")]
+    assert keys == ["paretune.default.test_surgery_shared.v", "paretune.default.test_surgery_shared_2.v"]
+    assert surgery.count(shifted) == (2 * 16 + 4, 0)
+    steps.descend(shifted, "bert", steps=2)
+    wanted, (first, second) = steps.logits(shifted, "bert"), (shifted.get_parameter(k) for k in keys)
+    assert not torch.equal(first, second)
+    shifted.save_pretrained(tmp_path)
+    loaded = type(shifted).from_pretrained(tmp_path)
+    assert steps.same(steps.tensors(loaded), steps.tensors(shifted))
+    for twin in (copy.deepcopy(shifted), pickle.loads(pickle.dumps(shifted)), loaded):
+        assert torch.equal(steps.logits(twin, "bert"), wanted)
+        with torch.no_grad():
+            for key in keys:
+                twin.get_parameter(key).zero_()
+        assert torch.equal(steps.logits(twin, "bert"), steps.logits(steps.model("bert"), "bert"))  # of all maps of both methods
+    assert torch.equal(steps.logits(shifted, "bert"), wanted)
+
+
+def test_a_settled_patch_keeps_what_it_said_and_is_saved_so(shifted, tmp_path):
+    wanted = steps.logits(shifted, "bert")
+    surgery.freeze(shifted)
+    surgery.settle(shifted)
+    torch.testing.assert_close(steps.logits(shifted, "bert"), wanted)
+    extra = shifted.state_dict().keys() - steps.model("bert").state_dict().keys()
+    assert sorted({k.rpartition("paretune.")[2] for k in extra}) == ["default.test_surgery.b", "default.test_surgery_2.a", "default.test_surgery_shared_2.v"]
+    shifted.save_pretrained(tmp_path)
+    loaded, info = type(shifted).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and steps.same(steps.tensors(loaded), steps.tensors(shifted))
+    assert torch.equal(steps.logits(loaded, "bert"), steps.logits(shifted, "bert"))
+    surgery.settle(loaded)  # once more changes nothing
+    assert steps.same(steps.tensors(loaded), steps.tensors(shifted))
+    surgery.remove(loaded, "default")
+    assert steps.same(steps.tensors(loaded), steps.tensors(steps.model("bert")))
+
+
+def test_a_shared_tensor_outlives_a_dropped_layer(shifted):
+    KeepLayers(layers="1").apply(shifted)
+    surgery.freeze(shifted)
+    key = "paretune.default.test_surgery_shared_2.v"
+    assert key in shifted.state_dict()
+    (patch,) = (p for _, _, seam in surgery.seams_of(shifted) for _, _, p in seam.patches() if not p.settled)
+    assert patch.shared["v"] is shifted.get_parameter(key)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------------------
