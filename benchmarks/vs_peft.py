@@ -167,7 +167,7 @@ def _paretune(asked: argparse.Namespace, pace: dict[str, str], *, like_ours: boo
         return {"dtype": fitted.dtype, "attention": fitted.attention}
 
     figures = _timed(work, len(task.train) * asked.epochs)
-    return {**figures, "score": tasks.score(task, training.predict(model, task, task.test), rows=task.test)}
+    return {**figures, "score": tasks.score(task, training.predict(model, task, rows=task.test), rows=task.test)}
 
 
 def _peft(asked: argparse.Namespace, pace: dict[str, str], *, like_ours: bool) -> dict[str, Any]:

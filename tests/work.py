@@ -110,4 +110,4 @@ def fitted(
     schedule = Schedule(**{"lr": 5e-3, "epochs": 2.0, "batch": 4, "dtype": "fp32", **knobs})
     settings = training.Settings(seed=seed, folder=folder, report=report, checkpoint_every_s=every_s, name="the test's recipe")
     torch.manual_seed(seed)
-    return training.fit(model, given, schedule, modifiers=modifiers, settings=settings)
+    return training.fit(model, given, schedule=schedule, modifiers=modifiers, settings=settings)

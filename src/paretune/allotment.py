@@ -103,7 +103,7 @@ def _timed(plan: Plan, k: int) -> tuple[Schedule, float, float]:
 
 def _batches(plan: Plan, model: Any, size: int) -> list[dict[str, torch.Tensor]]:
     """Five batches of an epoch, from short to long: what they take on average, an epoch's batches take."""
-    encodings = training.encode(plan.task, plan.task.train[: 32 * size], model)
+    encodings = training.encode(plan.task, plan.task.train[: 32 * size], model=model)
     lengths = [plan.task.kind.length(e) for e in encodings]
     ordered = sorted(batches.epoch_batches(lengths, None, batch=size, random=batches.generator(0, 0)), key=lambda indices: max(lengths[i] for i in indices))
     picked = [ordered[round(q * (len(ordered) - 1))] for q in (0.1, 0.3, 0.5, 0.7, 0.9)]

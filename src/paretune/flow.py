@@ -100,7 +100,7 @@ def fit(model: nn.Module, task: Task, *modifiers: Modifier, seed: int = 0, repor
     if schedule.lr is None:
         schedule = Schedule(**{**schedule.knobs(defaults=True), "lr": phases.default_lr(tuple(attached), model.config)})
     settings = training.Settings(seed=seed, device=str(next(model.parameters()).device), report=report)
-    return training.fit(model, task, schedule, modifiers=modifiers, settings=settings)
+    return training.fit(model, task, schedule=schedule, modifiers=modifiers, settings=settings)
 
 
 def measure(model: nn.Module, task: Task, *, options: Options = Options()) -> Cost:  # noqa: B008
@@ -144,7 +144,7 @@ def _plan(recipe: Recipe, task: Task, backbone: str, out: Path, seed: int, optio
     found = backbones.find(backbone)
     if options.training.max_train:
         task = task.subset(options.training.max_train, seed=0)
-    return Plan(phases.complete(recipe, found, task, options), task, found, seed, out, options)
+    return Plan(phases.complete(recipe, found, task=task, options=options), task, found, seed, out, options)
 
 
 def plan_frontier(

@@ -63,7 +63,7 @@ def stream(run: store.Run, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
     model = open_model(run.folder / "model", task)
     rows = iter(rows)
     while chunk := [_row(task, row) for row in itertools.islice(rows, CHUNK)]:
-        for prediction in training.predict(model, task, chunk):
+        for prediction in training.predict(model, task, rows=chunk):
             yield task.kind.answer(task, prediction)
 
 
@@ -85,7 +85,7 @@ class Bench:
 
     def __init__(self, model: nn.Module, task: Task) -> None:
         self.model, self.task = model, task
-        encodings = training.encode(task, task.test[:SAMPLE], model)
+        encodings = training.encode(task, task.test[:SAMPLE], model=model)
         if not encodings:
             raise MeterError("there are no test examples to measure on")
         processor = training._processor(model)
@@ -161,4 +161,4 @@ def _one_pass(folder: str) -> None:
     task = task_of(run)
     model = open_model(run.folder / "model", task)
     examples: Sequence[Any] = store.read_json(run.folder / "sample.json")
-    training.predict(model, task, examples, batch=1)
+    training.predict(model, task, rows=examples, batch=1)

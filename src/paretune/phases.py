@@ -52,7 +52,7 @@ class Plan:
         return self.out / "phases" / self.identity(k)
 
 
-def complete(recipe: Recipe, backbone: Backbone, task: Task, options: Options) -> Recipe:
+def complete(recipe: Recipe, backbone: Backbone, *, task: Task, options: Options) -> Recipe:
     """The recipe with a schedule in every training phase, learning rates from the adapters' cards filled in.
 
     Raises:
@@ -119,7 +119,7 @@ def _execute(plan: Plan, k: int, model: nn.Module) -> dict[str, Any]:
     before = processors.get(model)
     record |= _train(plan, k, model, work) if is_training(phase) else _metered(plan, lambda: shrink(model, phase[0], plan.task))
     if isinstance(phase[0], Transform):
-        record["facts"] = phase[0].facts(before, model, plan.task)
+        record["facts"] = phase[0].facts(before, model, task=plan.task)
     store.require_space(folder, sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6 * 1.1)
     with store.written(folder) as part:
         save_model(model, part / "model")
@@ -141,8 +141,8 @@ def _train(plan: Plan, k: int, model: nn.Module, work: Path) -> dict[str, Any]:
     )  # fmt: skip
     modifiers = [m for m in phase if isinstance(m, Modifier)]
     fitted: list[training.Fitted] = []
-    record = _metered(plan, lambda: fitted.append(training.fit(model, plan.task, schedule, modifiers=modifiers, settings=settings)))
-    each = training.flops_per_example(model, plan.task, schedule)
+    record = _metered(plan, lambda: fitted.append(training.fit(model, plan.task, schedule=schedule, modifiers=modifiers, settings=settings)))
+    each = training.flops_per_example(model, plan.task, schedule=schedule)
     surgery.freeze(model)
     surgery.settle(model)
     (fit,) = fitted

@@ -57,13 +57,13 @@ def make(plan: Plan, spelling: str) -> Run:
 def _record(plan: Plan, spelling: str, records: list[dict[str, Any]], part: Path) -> dict[str, Any]:
     task = plan.task
     model = inference.open_model(part / "model", task)
-    found = training.predict(model, task, task.test)
+    found = training.predict(model, task, rows=task.test)
     each = tasks.per_example(task, found, rows=task.test)
     score = tasks.score(task, found, rows=task.test)
     low, high = intervals.score_interval([each]) if each else (None, None)
     store.write_json(part / "per_example.json", each)
     store.write_json(part / "sample.json", list(task.test[: inference.SAMPLE]) if _plain(task.test[:1]) else [])
-    validation = tasks.score(task, training.predict(model, task, task.validation), rows=task.validation) if len(task.validation) else None
+    validation = tasks.score(task, training.predict(model, task, rows=task.validation), rows=task.validation) if len(task.validation) else None
     return {
         "format": store.FORMAT, "id": plan.id, "recipe": spelling, "resolved": plan.recipe.resolved, "recipe_id": plan.recipe.id,
         "backbone": plan.backbone.name, "backbone_revision": plan.backbone.revision, "weights_sha256": plan.backbone.weights_sha256,

@@ -31,7 +31,7 @@ WATCHED = 256  # validation examples scored after each epoch; a run's own valida
 class Events:
     """What a modifier may do in a training phase; each handler is a no-op until overridden."""
 
-    def indices(self, epoch: int, n: int, generator: torch.Generator) -> Sequence[int] | None:
+    def indices(self, epoch: int, n: int, *, generator: torch.Generator) -> Sequence[int] | None:
         """Which of the n training examples this epoch visits; None is all."""
         return None
 
@@ -39,7 +39,7 @@ class Events:
         """The batch as the model shall see it."""
         return batch
 
-    def loss(self, loop: Loop, batch: dict[str, Tensor], outputs: Any, loss: Tensor) -> Tensor:
+    def loss(self, loop: Loop, batch: dict[str, Tensor], *, outputs: Any, loss: Tensor) -> Tensor:
         """The loss (summed over the batch's targets) with this modifier's share."""
         return loss
 
@@ -84,7 +84,7 @@ class Fitted:
     attention: str
 
 
-def fit(model: nn.Module, task: Task, schedule: Schedule, *, modifiers: Sequence[Modifier] = (), settings: Settings = Settings()) -> Fitted:  # noqa: B008
+def fit(model: nn.Module, task: Task, *, schedule: Schedule, modifiers: Sequence[Modifier] = (), settings: Settings = Settings()) -> Fitted:  # noqa: B008
     """Trains what learns in the model (`requires_grad`) on the task's training split; keeps the best epoch by validation.
 
     Args:
@@ -112,7 +112,7 @@ class Loop:
         self.model = model.to(self.accelerator.device)
         self.events: list[Events] = []
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.encodings = encode(task, task.train, model)
+        self.encodings = encode(task, task.train, model=model)
         self.lengths = [task.kind.length(e) for e in self.encodings]
         self.optimizer = _optimizer(self.parameters, schedule, surgery.in_head(model))
         self.epoch = self.step = self.examples = 0
@@ -154,7 +154,7 @@ class Loop:
     def _visited(self, epoch: int) -> Sequence[int] | None:
         visited: Sequence[int] | None = None
         for events in self.events:
-            chosen = events.indices(epoch, len(visited or self.encodings), batches.generator(self.settings.seed, epoch, purpose=1))
+            chosen = events.indices(epoch, len(visited or self.encodings), generator=batches.generator(self.settings.seed, epoch, purpose=1))
             if chosen is not None:
                 visited = list(chosen) if visited is None else [visited[i] for i in chosen]
         return visited
@@ -207,7 +207,7 @@ class Loop:
             outputs = self._forward(**self.task.kind.inputs(batch))
         loss, count = self.task.kind.loss(outputs, batch)
         for events in self.events:
-            loss = events.loss(self, batch, outputs, loss)
+            loss = events.loss(self, batch, outputs=outputs, loss=loss)
         return loss, count
 
     def _over_processes(self, losses: float, targets: int) -> tuple[float, int]:
@@ -261,7 +261,7 @@ class Loop:
 
     def _validate(self) -> float:
         watched = self.task.validation[:WATCHED]
-        return score(self.task, predict(self.model, self.task, watched, pace=self.pace), rows=watched)
+        return score(self.task, predict(self.model, self.task, rows=watched, pace=self.pace), rows=watched)
 
     def _report(self, seconds: float, done: int, steps: int) -> None:
         if self.settings.report:
@@ -274,9 +274,9 @@ class Loop:
         return _to_device(self.task.kind.collate([self.encodings[i] for i in indices], _processor(self.model)), self.accelerator.device)
 
 
-def predict(model: nn.Module, task: Task, rows: Any, *, pace: probe.Pace | None = None, batch: int = 64) -> list[Any]:
+def predict(model: nn.Module, task: Task, *, rows: Any, pace: probe.Pace | None = None, batch: int = 64) -> list[Any]:
     """One prediction per row or block (`Kind.predict`), in their order; the model computes in evaluation mode."""
-    encodings = encode(task, rows, model)
+    encodings = encode(task, rows, model=model)
     lengths = [task.kind.length(e) for e in encodings]
     found: list[Any] = [None] * len(encodings)  # language modeling has blocks, not rows
     was_training, device = model.training, next(model.parameters()).device
@@ -285,20 +285,20 @@ def predict(model: nn.Module, task: Task, rows: Any, *, pace: probe.Pace | None 
         for indices in batches.by_length(lengths, batch):
             inputs = _to_device(task.kind.collate([encodings[i] for i in indices], _processor(model)), device)
             outputs = model(**task.kind.inputs(inputs))
-            for i, prediction in zip(indices, task.kind.predict(model, inputs, outputs, processor=_processor(model)), strict=True):
+            for i, prediction in zip(indices, task.kind.predict(model, inputs, outputs=outputs, processor=_processor(model)), strict=True):
                 found[i] = prediction
     model.train(was_training)
     return found
 
 
-def encode(task: Task, rows: Any, model: nn.Module) -> list[dict[str, Any]]:
+def encode(task: Task, rows: Any, *, model: nn.Module) -> list[dict[str, Any]]:
     """The encodings of rows for this model."""
-    return task.encode(rows, _processor(model), max_length(model), config=model.config)
+    return task.encode(rows, _processor(model), max_length=max_length(model), config=model.config)
 
 
-def flops_per_example(model: nn.Module, task: Task, schedule: Schedule) -> float | None:
+def flops_per_example(model: nn.Module, task: Task, *, schedule: Schedule) -> float | None:
     """FLOPs of one training example, forward and backward, at the median length; what learns is what `requires_grad`."""
-    rows = sorted(encode(task, task.train[: 8 * schedule.batch], model), key=task.kind.length)
+    rows = sorted(encode(task, task.train[: 8 * schedule.batch], model=model), key=task.kind.length)
     middle = rows[max(0, len(rows) // 2 - 4) : len(rows) // 2 + 4]
     batch = _to_device(task.kind.collate(middle, _processor(model)), next(model.parameters()).device)
     reading = flops.step(lambda: task.kind.loss(model(**task.kind.inputs(batch)), batch)[0], model)

@@ -227,7 +227,7 @@ def test_it_stops_early_and_keeps_the_best_epoch():
     assert fit.best_epoch == scores.index(max(scores))
     assert len(scores) == fit.best_epoch + 1 + 2 < 8
     given = work.text_task(validation=9)
-    assert score(given, training.predict(model, given, given.validation), rows=given.validation) == max(scores)
+    assert score(given, training.predict(model, given, rows=given.validation), rows=given.validation) == max(scores)
 
 
 # --- processes ------------------------------------------------------------------------------------------------------------------

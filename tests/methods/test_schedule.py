@@ -53,7 +53,7 @@ def test_dropout_off_makes_training_independent_of_its_noise():
         schedule = Schedule(lr=1e-3, epochs=1.0, batch=4, dtype="fp32", dropout=False)
         from paretune import training
 
-        training.fit(model, work.text_task(), schedule, settings=Settings(report=lambda info, to=losses: to.append(info["loss"])))
+        training.fit(model, work.text_task(), schedule=schedule, settings=Settings(report=lambda info, to=losses: to.append(info["loss"])))
         found.append(losses)
     assert found[0] == found[1]
     assert work.ready("bert").config.hidden_dropout_prob > 0  # so that there was something to switch off

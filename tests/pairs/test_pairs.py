@@ -48,7 +48,7 @@ def walk(recipe: Recipe, family: str) -> torch.nn.Module:
 def answers(model: torch.nn.Module, family: str) -> torch.Tensor:
     """Probabilities on the test rows, in evaluation mode."""
     given = work.task(family)
-    return torch.tensor(training.predict(model, given, given.test))
+    return torch.tensor(training.predict(model, given, rows=given.test))
 
 
 @pytest.mark.parametrize("text, family", _spelled())

@@ -46,12 +46,12 @@ def load(task: Task, family: str, **config: Any) -> Any:
 
 def run(task: Task, model: Any, processor: Any, rows: Any, max_length: int | None = None) -> tuple[Any, ...]:
     """(encodings, batch, outputs, loss sum, count, predictions)."""
-    encodings = task.encode(rows, processor, max_length, config=model.config)
+    encodings = task.encode(rows, processor, max_length=max_length, config=model.config)
     batch = task.kind.collate(encodings, processor)
     with torch.no_grad():
         outputs = model(**task.kind.inputs(batch))
         total, count = task.kind.loss(outputs, batch)
-        predictions = task.kind.predict(model, batch, outputs, processor=processor)
+        predictions = task.kind.predict(model, batch, outputs=outputs, processor=processor)
     assert total.dtype == torch.float32 and total.ndim == 0
     return encodings, batch, outputs, total, count, predictions
 
@@ -90,7 +90,7 @@ def test_labels_are_optional_in_what_is_predicted(tmp_path: Path) -> None:
 
 def test_truncation(tmp_path: Path) -> None:
     task = build(tmp_path, lambda i: {"text": sentence(i, 50), "label": i % 2}, text="text", label="label")
-    assert {task.kind.length(e) for e in task.encode(task.test, tiny.tokenizer(), 9)} == {9}
+    assert {task.kind.length(e) for e in task.encode(task.test, tiny.tokenizer(), max_length=9)} == {9}
 
 
 def test_regression(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_generation_with_a_decoder(side: str, tmp_path: Path) -> None:
         assert prediction == tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True).strip()
     assert (count, float(total)) == (tokens, pytest.approx(expected, rel=1e-4))
     assert tasks.score(task, [" ".join(row["target"]) for row in task.test], rows=task.test) == 1.0
-    long = task.encode(task.test, tokenizer, 12)
+    long = task.encode(task.test, tokenizer, max_length=12)
     assert all(len(e["input_ids"]) <= 12 and any(label != -100 for label in e["labels"]) for e in long)
 
 

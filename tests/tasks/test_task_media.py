@@ -51,7 +51,7 @@ def test_an_image_folder(image_folder: Path) -> None:
         total, count = task.kind.loss(outputs, batch)
         own = model(**batch).loss
     assert float(total) / count == pytest.approx(float(own), rel=1e-5)
-    predictions = task.kind.predict(model, batch, outputs)
+    predictions = task.kind.predict(model, batch, outputs=outputs)
     assert tasks.per_example(task, predictions, rows=task.test) == [float(int(p[1] > p[0]) == i % 2) for p, i in zip(predictions, numbers, strict=True)]
 
 

@@ -38,7 +38,8 @@ SETS = [[[_random.randrange(2) for _ in range(3)] for _ in range(50)] for _ in r
     ],
 )
 def test_a_score(name: str, data: list[Any], expected: float) -> None:
-    assert metrics.evaluate(name, *data) == pytest.approx(expected)
+    truth, predicted = data
+    assert metrics.evaluate(name, truth, predicted=predicted) == pytest.approx(expected)
 
 
 def test_perplexity_weighs_tokens_not_texts() -> None:

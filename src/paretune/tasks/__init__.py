@@ -87,7 +87,7 @@ def inputs(task: Task, path: str | Path) -> Iterator[Row]:
 def score(task: Task, predictions: Sequence[Any], *, rows: Sequence[Row]) -> float:
     """The task's metric over `predictions`, as `kind.predict` gave them for `rows`, in the same order."""
     _same_length(predictions, rows, task)
-    truth, predicted = task.kind.compare(task, predictions, rows)
+    truth, predicted = task.kind.compare(task, predictions, rows=rows)
     return metrics.evaluate(task.metric, truth, predicted=predicted, scores=task.kind.scores(predictions))
 
 
@@ -95,9 +95,9 @@ def per_example(task: Task, predictions: Sequence[Any], *, rows: Sequence[Row]) 
     """1.0 for each right answer and 0.0 for each wrong one; None for a metric that is not their mean."""
     _same_length(predictions, rows, task)
     if task.metric == "exact_match":
-        return metrics.matches(*task.kind.compare(task, predictions, rows))
+        return metrics.matches(*task.kind.compare(task, predictions, rows=rows))
     if task.metric == "accuracy" and task.kind.name != "tokens":
-        truth, predicted = task.kind.compare(task, predictions, rows)
+        truth, predicted = task.kind.compare(task, predictions, rows=rows)
         return [float(t == p) for t, p in zip(truth, predicted, strict=True)]
     return None
 

@@ -104,9 +104,9 @@ class Task:
         """Every text of a split that a model would read, targets included; a pair gives two."""
         return [text for row in self.rows(split) for text in self.kind.texts(self.columns, row)]
 
-    def encode(self, rows: Sequence[Row], processor: Any, max_length: int | None = None, *, config: Any = None) -> list[dict[str, Any]]:
+    def encode(self, rows: Sequence[Row], processor: Any, *, max_length: int | None = None, config: Any = None) -> list[dict[str, Any]]:
         """One unpadded encoding per row (language modeling: per block). See `Kind.encode`."""
-        return self.kind.encode(self, rows, processor, max_length, config=config)
+        return self.kind.encode(self, rows, processor=processor, max_length=max_length, config=config)
 
     def define(self) -> dict[str, Any]:
         """The definition that stands in run.json; `tasks.rebuild` makes the task from it, `tasks.blank` a task without rows."""

@@ -41,7 +41,7 @@ class _Subset(Events):
     def __init__(self, keep: float, seed: int) -> None:
         self.keep, self.seed = keep, seed
 
-    def indices(self, epoch: int, n: int, generator: torch.Generator) -> list[int] | None:
+    def indices(self, epoch: int, n: int, *, generator: torch.Generator) -> list[int] | None:
         size = max(1, round(self.keep * n))
         if size == n:
             return None

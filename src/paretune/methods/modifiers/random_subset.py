@@ -46,7 +46,7 @@ class _Subsets(Events):
     def __init__(self, knobs: RandomSubset, seed: int) -> None:
         self.knobs, self.seed = knobs, seed
 
-    def indices(self, epoch: int, n: int, generator: torch.Generator) -> list[int] | None:
+    def indices(self, epoch: int, n: int, *, generator: torch.Generator) -> list[int] | None:
         size = max(1, round(self.knobs.keep * n))
         if size == n:
             return None

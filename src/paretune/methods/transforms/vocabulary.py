@@ -71,7 +71,7 @@ class Vocabulary(Transform):
         hub.refresh(model)
         return model
 
-    def facts(self, processor: Any, model: nn.Module, task: Any) -> dict[str, float]:
+    def facts(self, processor: Any, model: nn.Module, *, task: Any) -> dict[str, float]:
         return {"changed_test_token_share": changed_share(processor, processors.get(model), texts=task.texts("test"))}
 
 
@@ -188,7 +188,7 @@ def _check_same(old: Any, new: Any, kept: list[int], texts: Sequence[str]) -> No
 def _read(examples: Examples, tokenizer: Any, model: nn.Module) -> set[int]:
     """Ids in the encodings that training sees: joined pairs, prompts with their targets."""
     task = examples.task
-    encodings = task.encode(task.rows("train"), tokenizer, examples.max_length, config=model.config)
+    encodings = task.encode(task.rows("train"), tokenizer, max_length=examples.max_length, config=model.config)
     names = ("input_ids", "decoder_input_ids", *(("labels",) if task.kind.name in ("generation", "language") else ()))
     return {i for encoding in encodings for name in names for i in _flat(encoding.get(name, [])) if i >= 0}
 

@@ -113,7 +113,7 @@ class Kind:
         """The name of the transformers class to load for a backbone with this config."""
         return self.auto_class
 
-    def encode(self, task: Task, rows: Sequence[Row], processor: Any, max_length: int | None = None, *, config: Any = None) -> list[Encoding]:
+    def encode(self, task: Task, rows: Sequence[Row], *, processor: Any, max_length: int | None = None, config: Any = None) -> list[Encoding]:
         """One unpadded encoding per row: what the model's forward takes, and "labels" where the row has one.
 
         Args:
@@ -122,9 +122,9 @@ class Kind:
             config: the model's config; needed where encoder-decoder and decoder-only models differ.
         """
         texts = [[row[task.columns[role]] for row in rows] for role in ("text", "pair") if role in task.columns]
-        return self.add_labels(task, rows, tokenize(processor, texts, max_length=max_length))
+        return self.add_labels(task, rows, encodings=tokenize(processor, texts, max_length=max_length))
 
-    def add_labels(self, task: Task, rows: Sequence[Row], encodings: list[Encoding]) -> list[Encoding]:
+    def add_labels(self, task: Task, rows: Sequence[Row], *, encodings: list[Encoding]) -> list[Encoding]:
         """Gives each encoding its row's label, as `label_value` has it, where the row has one."""
         column = task.columns.get("label")
         for row, encoding in zip(rows, encodings, strict=True):
@@ -157,13 +157,13 @@ class Kind:
         """The summed fp32 loss, and the count it is to be divided by; both add up over micro-batches."""
         return torch.nn.functional.cross_entropy(outputs.logits.float(), batch["labels"], reduction="sum"), len(batch["labels"])
 
-    def predict(self, model: Any, batch: Mapping[str, torch.Tensor], outputs: Any, *, processor: Any = None) -> list[Any]:
+    def predict(self, model: Any, batch: Mapping[str, torch.Tensor], *, outputs: Any, processor: Any = None) -> list[Any]:
         """One prediction per example; class probabilities by default. `outputs` are those of `model(**inputs(batch))`."""
         return outputs.logits.float().softmax(-1).tolist()
 
     # --- answers ----------------------------------------------------------------------------------------------------------------
 
-    def compare(self, task: Task, predictions: Sequence[Any], rows: Rows) -> tuple[list[Any], list[Any]]:
+    def compare(self, task: Task, predictions: Sequence[Any], *, rows: Rows) -> tuple[list[Any], list[Any]]:
         """(truth, predicted) in the form the metrics take: numbers of classes here."""
         truth = [task.labels.index(row[task.columns["label"]]) for row in rows]
         return truth, [max(range(len(p)), key=p.__getitem__) for p in predictions]

@@ -53,7 +53,7 @@ class Choice(Kind):
     def key(self, columns: Mapping[str, str], row: Row) -> str:
         return "\x1f".join(" ".join(text.split()) for text in self.texts(columns, row))
 
-    def encode(self, task: Task, rows: Sequence[Row], processor: Any, max_length: int | None = None, *, config: Any = None) -> list[Encoding]:
+    def encode(self, task: Task, rows: Sequence[Row], *, processor: Any, max_length: int | None = None, config: Any = None) -> list[Encoding]:
         """Each value of an encoding is a list with one entry for each choice."""
         choices = [row[task.columns["choices"]] for row in rows]
         first = [row[task.columns["text"]] for row, own in zip(rows, choices, strict=True) for _ in own]
@@ -62,7 +62,7 @@ class Choice(Kind):
         for own in choices:
             parts = [next(flat) for _ in own]
             encodings.append({name: [part[name] for part in parts] for name in parts[0]})
-        return self.add_labels(task, rows, encodings)
+        return self.add_labels(task, rows, encodings=encodings)
 
     def label_value(self, task: Task, label: int) -> int:
         return label
@@ -77,7 +77,7 @@ class Choice(Kind):
     def length(self, encoding: Encoding) -> int:
         return max(map(len, encoding["input_ids"]))
 
-    def compare(self, task: Task, predictions: Sequence[list[float]], rows: Rows) -> tuple[list[int], list[int]]:
+    def compare(self, task: Task, predictions: Sequence[list[float]], *, rows: Rows) -> tuple[list[int], list[int]]:
         return [row[task.columns["label"]] for row in rows], [max(range(len(p)), key=p.__getitem__) for p in predictions]
 
     def answer(self, task: Task, prediction: list[float]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Generation(Kind):
     def auto_class_for(self, config: Any) -> str:
         return "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else self.auto_class
 
-    def encode(self, task: Task, rows: Sequence[Row], processor: Any, max_length: int | None = None, *, config: Any = None) -> list[Encoding]:
+    def encode(self, task: Task, rows: Sequence[Row], *, processor: Any, max_length: int | None = None, config: Any = None) -> list[Encoding]:
         """Decoder-only: prompt and target in one line, "labels" -100 on the prompt. Encoder-decoder (as `config` tells): the prompt
         is the input, the target "labels", and "decoder_input_ids" the target shifted by one. The first reference is the target."""
         prompts = [row[task.columns["text"]] for row in rows]
@@ -79,7 +79,7 @@ class Generation(Kind):
     def loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         return token_loss(*aligned(outputs, batch))
 
-    def predict(self, model: Any, batch: Mapping[str, torch.Tensor], outputs: Any, *, processor: Any = None) -> list[Any]:
+    def predict(self, model: Any, batch: Mapping[str, torch.Tensor], *, outputs: Any, processor: Any = None) -> list[Any]:
         """The generated texts (greedy; `processor` decodes them), or (nll, tokens) where perplexity is the metric."""
         if self.scored == "nll":
             return negative_log_likelihoods(*aligned(outputs, batch))
@@ -90,7 +90,7 @@ class Generation(Kind):
         new = made if "decoder_input_ids" in batch else made[:, ids.shape[1] :]
         return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
-    def compare(self, task: Task, predictions: Sequence[Any], rows: Rows) -> tuple[list[Any], list[Any]]:
+    def compare(self, task: Task, predictions: Sequence[Any], *, rows: Rows) -> tuple[list[Any], list[Any]]:
         return [row[task.columns["label"]] for row in rows], list(predictions)
 
     def scores(self, predictions: Sequence[Any]) -> np.ndarray | None:

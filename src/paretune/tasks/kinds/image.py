@@ -62,9 +62,9 @@ class Image(Classification):
     def key(self, columns: Mapping[str, str], row: Row) -> str:
         return hashlib.sha256(content(row[columns[self.role]])).hexdigest()
 
-    def encode(self, task: Task, rows: Sequence[Row], processor: Any, max_length: int | None = None, *, config: Any = None) -> list[Encoding]:
+    def encode(self, task: Task, rows: Sequence[Row], *, processor: Any, max_length: int | None = None, config: Any = None) -> list[Encoding]:
         """The files themselves; `collate` opens them. `max_length` has no meaning here."""
-        return self.add_labels(task, rows, [{"file": row[task.columns[self.role]]} for row in rows])
+        return self.add_labels(task, rows, encodings=[{"file": row[task.columns[self.role]]} for row in rows])
 
     def collate(self, encodings: Sequence[Encoding], processor: Any) -> Batch:
         """pixel_values (B, channels, height, width), made by the image processor."""

@@ -42,7 +42,7 @@ class Language(Kind):
             raise BackboneError(f"language modeling needs a decoder-only backbone such as GPT-2 or Llama, and {config.model_type} is none")
         return self.auto_class
 
-    def encode(self, task: Task, rows: Sequence[Row], processor: Any, max_length: int | None = None, *, config: Any = None) -> list[Encoding]:
+    def encode(self, task: Task, rows: Sequence[Row], *, processor: Any, max_length: int | None = None, config: Any = None) -> list[Encoding]:
         """One encoding per block of `max_length` tokens, not per row."""
         length, end = limit(processor, max_length) or BLOCK, processor.eos_token_id
         texts = [row[task.columns["text"]] for row in rows]
@@ -59,11 +59,11 @@ class Language(Kind):
     def loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         return token_loss(*aligned(outputs, batch))
 
-    def predict(self, model: Any, batch: Mapping[str, torch.Tensor], outputs: Any, *, processor: Any = None) -> list[tuple[float, int]]:
+    def predict(self, model: Any, batch: Mapping[str, torch.Tensor], *, outputs: Any, processor: Any = None) -> list[tuple[float, int]]:
         """(negative log-likelihood in nats, predicted tokens) of each block."""
         return negative_log_likelihoods(*aligned(outputs, batch))
 
-    def compare(self, task: Task, predictions: Sequence[Any], rows: Rows) -> tuple[list[Any], list[Any]]:
+    def compare(self, task: Task, predictions: Sequence[Any], *, rows: Rows) -> tuple[list[Any], list[Any]]:
         return [], list(predictions)
 
     def scores(self, predictions: Sequence[Any]) -> np.ndarray | None:

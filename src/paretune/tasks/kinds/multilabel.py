@@ -53,10 +53,10 @@ class Multilabel(Kind):
         labels = batch["labels"].float()
         return torch.nn.functional.binary_cross_entropy_with_logits(outputs.logits.float(), labels, reduction="sum"), labels.numel()
 
-    def predict(self, model: Any, batch: Mapping[str, torch.Tensor], outputs: Any, *, processor: Any = None) -> list[list[float]]:
+    def predict(self, model: Any, batch: Mapping[str, torch.Tensor], *, outputs: Any, processor: Any = None) -> list[list[float]]:
         return outputs.logits.float().sigmoid().tolist()
 
-    def compare(self, task: Task, predictions: Sequence[list[float]], rows: Rows) -> tuple[list[Any], list[Any]]:
+    def compare(self, task: Task, predictions: Sequence[list[float]], *, rows: Rows) -> tuple[list[Any], list[Any]]:
         truth = [[int(name in row[task.columns["label"]]) for name in task.labels] for row in rows]
         return truth, [[int(p >= 0.5) for p in row] for row in predictions]
 

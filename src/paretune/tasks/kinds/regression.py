@@ -44,10 +44,10 @@ class Regression(Kind):
         labels = batch["labels"].float()
         return torch.nn.functional.mse_loss(outputs.logits.float().squeeze(-1), labels, reduction="sum"), len(labels)
 
-    def predict(self, model: Any, batch: Mapping[str, torch.Tensor], outputs: Any, *, processor: Any = None) -> list[float]:
+    def predict(self, model: Any, batch: Mapping[str, torch.Tensor], *, outputs: Any, processor: Any = None) -> list[float]:
         return outputs.logits.float().squeeze(-1).tolist()
 
-    def compare(self, task: Task, predictions: Sequence[float], rows: Rows) -> tuple[list[float], list[float]]:
+    def compare(self, task: Task, predictions: Sequence[float], *, rows: Rows) -> tuple[list[float], list[float]]:
         return [row[task.columns["label"]] for row in rows], list(predictions)
 
     def scores(self, predictions: Sequence[Any]) -> None:

@@ -71,7 +71,7 @@ class Tokens(Kind):
     def config(self, task: Task) -> dict[str, Any]:
         return head_config(task.labels)
 
-    def encode(self, task: Task, rows: Sequence[Row], processor: Any, max_length: int | None = None, *, config: Any = None) -> list[Encoding]:
+    def encode(self, task: Task, rows: Sequence[Row], *, processor: Any, max_length: int | None = None, config: Any = None) -> list[Encoding]:
         """The words joined by spaces. "labels" is -100 but at the first token of a word; 0 there where the row has no tags,
         so that a prediction knows the places."""
         if not rows:
@@ -95,12 +95,12 @@ class Tokens(Kind):
     def loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         return token_loss(outputs.logits, batch["labels"])
 
-    def predict(self, model: Any, batch: Mapping[str, torch.Tensor], outputs: Any, *, processor: Any = None) -> list[list[str]]:
+    def predict(self, model: Any, batch: Mapping[str, torch.Tensor], *, outputs: Any, processor: Any = None) -> list[list[str]]:
         """The tags of each example's words; a truncated text has fewer."""
         best, names = outputs.logits.argmax(-1), model.config.id2label
         return [[names[int(tag)] for tag in tags[marks != IGNORED]] for tags, marks in zip(best, batch["labels"], strict=True)]
 
-    def compare(self, task: Task, predictions: Sequence[list[str]], rows: Rows) -> tuple[list[Any], list[Any]]:
+    def compare(self, task: Task, predictions: Sequence[list[str]], *, rows: Rows) -> tuple[list[Any], list[Any]]:
         """Tags by row for spans, else the tags of all words as numbers. Words cut off by truncation count as "O", or as the first tag."""
         none = "O" if "O" in task.labels else task.labels[0]
         truth = [row[task.columns["label"]] for row in rows]
