@@ -22,6 +22,7 @@ _HOME = {
     **dict.fromkeys(("ParetuneError", "Incompatible", "RecipeError", "TargetError", "DataError", "BackboneError"), "errors"),
     **dict.fromkeys(("StoreError", "BudgetError", "MeterError", "Diverged"), "errors"),
 }
+_MODULES = ("arithmetic",)  # public as modules: `pt.arithmetic.combine(...)`
 
 hub.install()
 
@@ -29,6 +30,8 @@ hub.install()
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     classes = registry.class_names()
     if name in classes:
         return registry.get(classes[name])
@@ -36,4 +39,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOME, *registry.class_names(), "__version__"])
+    return sorted([*_HOME, *_MODULES, *registry.class_names(), "__version__"])

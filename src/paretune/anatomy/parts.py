@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from paretune.anatomy.sites import Site, resolve
+from paretune.anatomy.sites import Site, norms, resolve
 from paretune.anatomy.structure import OURS, base_prefix, family, layers, modules_of
 from paretune.errors import Incompatible
 
@@ -57,6 +57,13 @@ def head(model: nn.Module) -> list[str]:
     # The pooler stands inside the base model and yet serves the head only: no layer reads it, and many checkpoints lack it.
     pooler = getattr(model.base_model, "pooler", None)
     return [f"{prefix}pooler"] * (outside != [] and isinstance(pooler, nn.Module)) + outside
+
+
+def all_norms(model: nn.Module) -> list[str]:
+    """Paths of the layer norms of the layers and of their kind before, between and behind them, without the head's."""
+    kinds = {type(model.get_submodule(path)).__name__ for path in norms(model)}
+    outside = tuple(f"{path}." for path in head(model))
+    return [path for path, module in modules_of(model).items() if type(module).__name__ in kinds and not path.startswith(outside)]
 
 
 def is_text_encoder(model: nn.Module) -> bool:
