@@ -69,3 +69,31 @@ def test_exact_match_takes_any_reference_and_forgives_spaces() -> None:
 )
 def test_spans_count_only_whole(truth: str, predicted: str, expected: float) -> None:
     assert metrics.evaluate("f1_spans", [truth.split()], predicted=[predicted.split()]) == expected
+
+
+ONE = [["the cat sat on the mat today"], ["a dog ran home"]]
+
+
+@pytest.mark.parametrize("name, best", [("bleu", 1.0), ("chrf", 1.0), ("rouge_l", 1.0), ("ter", 0.0)])
+def test_a_text_that_equals_one_of_its_references_has_the_best_score(name: str, best: float) -> None:
+    several = [["something else", *ONE[0]], ONE[1]]
+    assert metrics.evaluate(name, several, predicted=[ONE[0][0], ONE[1][0]]) == pytest.approx(best)
+    worse = metrics.evaluate(name, several, predicted=["mat cat", "ran a dog"])
+    assert worse > best if metrics.better(name) == "lower" else worse < best
+
+
+def test_bleu_is_its_formula() -> None:
+    """Papineni et al. 2002: the geometric mean of the n-gram precisions times exp(1 - r/c); here 6/7, 5/6, 4/5 and 3/4, of equal length."""
+    precisions = [6 / 7, 5 / 6, 4 / 5, 3 / 4]
+    got = metrics.evaluate("bleu", ONE[:1], predicted=["the cat sat on the mat yesterday"])
+    assert got == pytest.approx(math.exp(sum(map(math.log, precisions)) / 4))
+
+
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
+    assert metrics.evaluate("rouge_l", [["a b c d"]], predicted=["a c x"]) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+
+
+def test_nist_is_the_information_of_the_right_words() -> None:
+    """Doddington 2002: an n-gram's information is log2 of how often its first n - 1 words come per time it comes; four words, each once."""
+    assert metrics.evaluate("nist", [["w x y z v"]], predicted=["w x y z v"]) == pytest.approx(math.log2(5))
+    assert metrics.evaluate("nist", [["w x y z v"]], predicted=["u"]) == 0.0

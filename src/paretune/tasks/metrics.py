@@ -11,6 +11,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from paretune.errors import DataError, unknown
+from paretune.tasks.text_metrics import TEXT
 
 Predictions = Sequence[Any]
 _CLASSES = ("classification", "choice", "image", "audio")
@@ -89,6 +90,7 @@ OWN: dict[str, tuple[Callable[[list[Any], list[Any]], float], tuple[str, ...]]] 
     "spearman": (_correlation(stats.spearmanr), ("regression",)),
     "exact_match": (_exact_match, ("generation",)),
     "perplexity": (_perplexity, ("language", "generation")),
+    **{name: (formula, ("generation",)) for name, formula in TEXT.items()},
 }
 _SCORERS_FIT = (*_CLASSES, "multilabel", "regression")
 
@@ -100,7 +102,7 @@ def names() -> list[str]:
 
 def better(metric: str) -> str:
     """Which direction of a metric is better; scikit-learn's scorers are all "higher"."""
-    return "lower" if metric == "perplexity" else "higher"
+    return "lower" if metric in ("perplexity", "ter") else "higher"
 
 
 def check(metric: str, kind: str) -> None:

@@ -1,0 +1,145 @@
+"""Methods by tasks: MiniLM adapted to six real tasks by every adapter here, and by the two libraries that have many of them.
+
+    python -m benchmarks.adaptation [--hours 2] [--part 1/2] [--only sst2]
+
+Every method of every library gets the same tuning: four learning rates on SST-2, one seed, chosen on validation, then used on all
+tasks. Needs the folder of data sets (`benchmarks/data.py`); the `adapters` library runs in its own environment (`make oracles`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import cells, data, peers
+from benchmarks.cells import Cell, Table
+
+TASKS = ("sst2", "cola", "mrpc", "rte", "stsb", "trec6")
+SEEDS = (0, 1, 2)
+TRAIN, VALIDATION, TEST, EPOCHS, BATCH, LONGEST = 800, 200, 500, 3, 32, 128
+WHOLE, ADDED, PROMPTS = (5e-5, 1e-4, 2e-4, 4e-4), (3e-4, 1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2, 1e-1)  # the rates tried
+METHODS: dict[str, tuple[str, tuple[float, ...]]] = {  # recipe, rates tried
+    "full": ("full", WHOLE), "top layers": ("top_layers(k=2)", WHOLE), "head": ("head", ADDED), "bitfit": ("bitfit", ADDED), "ia3": ("ia3", ADDED),
+    "lora": ("lora(r=8)", ADDED), "lora q, v": ('lora(r=8, targets="query value")', ADDED), "houlsby": ("adapter(bottleneck=24)", ADDED),
+    "pfeiffer": ('adapter(bottleneck=24, form="pfeiffer")', ADDED), "parallel": ('adapter(bottleneck=24, form="parallel")', ADDED),
+    "compacter": ("compacter", ADDED), "prefix": ("prefix", ADDED), "prompt": ("prompt", PROMPTS), "ptuning": ("ptuning", ADDED),
+    "mam": ("mam", ADDED), "unipelt": ("unipelt", ADDED), "intrinsic dimension": ("intrinsic_dimension", ADDED),
+    "diff pruning": ("diff_pruning", WHOLE), "mask": ("mask", ADDED), "surgical": ("surgical", WHOLE),
+}  # fmt: skip
+PEERS: dict[str, tuple[str, str, dict[str, Any], tuple[float, ...]]] = {  # library, configuration, its arguments, rates tried
+    "peft: lora q, v": ("peft", "LoraConfig", {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}, ADDED),
+    "peft: ia3": ("peft", "IA3Config", {}, ADDED),
+    "peft: prefix": ("peft", "PrefixTuningConfig", {"num_virtual_tokens": 20}, ADDED),
+    "peft: prompt": ("peft", "PromptTuningConfig", {"num_virtual_tokens": 20}, PROMPTS),
+    "peft: ptuning": ("peft", "PromptEncoderConfig", {"num_virtual_tokens": 20, "encoder_hidden_size": 384}, ADDED),
+    "adapters: houlsby": ("adapters", "DoubleSeqBnConfig", {"reduction_factor": 16}, ADDED),
+    "adapters: pfeiffer": ("adapters", "SeqBnConfig", {"reduction_factor": 16}, ADDED),
+    "adapters: parallel": ("adapters", "ParBnConfig", {"reduction_factor": 16}, ADDED),
+    "adapters: compacter": ("adapters", "CompacterConfig", {"reduction_factor": 16}, ADDED),
+    "adapters: prefix": ("adapters", "PrefixTuningConfig", {}, ADDED),
+    "adapters: mam": ("adapters", "MAMConfig", {}, ADDED),
+    "adapters: unipelt": ("adapters", "UniPELTConfig", {}, ADDED),
+    "adapters: ia3": ("adapters", "IA3Config", {}, ADDED),
+}
+INTERPRETERS = {"peft": cells.ROOT / ".venv" / "bin" / "python", "adapters": cells.ROOT / ".venv-oracles" / "bin" / "python"}
+
+
+def every_cell() -> Iterator[Cell]:
+    """The tuning of every method, then every method on every task with every seed; seeds outermost, so that a part is a table, too."""
+    rates = {name: tried for name, (_, tried) in METHODS.items()} | {name: peer[3] for name, peer in PEERS.items()}
+    for name, tried in rates.items():
+        for lr in tried:
+            yield Cell(_tuning(name, lr), functools.partial(_one, name, "sst2", 0, lr))
+    for seed in SEEDS:
+        for name, tried in rates.items():
+            for task in TASKS:
+                yield Cell(_cell(name, task, seed), functools.partial(_chosen, name, task, seed, tried))
+
+
+def _tuning(name: str, lr: float) -> str:
+    return f"tune {name} {lr:g}"
+
+
+def _cell(name: str, task: str, seed: int) -> str:
+    return f"{name} {task} {seed}"
+
+
+def _chosen(name: str, task: str, seed: int, tried: tuple[float, ...]) -> dict[str, Any]:
+    return _one(name, task, seed, best_rate(name, tried))
+
+
+def best_rate(name: str, tried: tuple[float, ...]) -> float:
+    """The rate with the best validation score on SST-2.
+
+    Raises:
+        SystemExit: where one of them was not tried.
+    """
+    found = {lr: TABLE.found(_tuning(name, lr)) for lr in tried}
+    if None in found.values():
+        raise SystemExit(f"{name} is not tuned yet; run the cells 'tune {name} ...' first (--only 'tune {name}')")
+    return max(tried, key=lambda lr: found[lr]["validation_score"])  # type: ignore[index]
+
+
+def _one(name: str, task: str, seed: int, lr: float) -> dict[str, Any]:
+    given = data.task(task, train=TRAIN, validation=VALIDATION, test=TEST, seed=seed)
+    if name in METHODS:
+        return {"lr": lr, **data.one_run(METHODS[name][0], given, seed=seed, epochs=EPOCHS, lr=lr)}
+    return {"lr": lr, **_peer(PEERS[name], given, seed, lr)}
+
+
+def _peer(peer: tuple[str, str, dict[str, Any], tuple[float, ...]], given: Any, seed: int, lr: float) -> dict[str, Any]:
+    """A peer's figures, scored by the same metric: validation and test rows are predicted together and parted here."""
+    from paretune import backbones, tasks
+
+    library, config, arguments, _ = peer
+    columns = [given.columns["text"], given.columns.get("pair")]
+    asked = {"train": given.train, "test": type(given.test)([*given.validation, *given.test])}
+    label = given.columns["label"]
+    job = {
+        "library": library, "config": config, "arguments": arguments, "source": str(backbones.find("minilm").source), "outputs": len(given.labels) or 1,
+        "texts": {split: [[row[c] if c else None for c in columns] for row in rows] for split, rows in asked.items()},
+        "labels": {split: [given.labels.index(row[label]) if given.labels else float(row[label]) for row in rows] for split, rows in asked.items()},
+        "lr": lr, "epochs": EPOCHS, "batch": BATCH, "seed": seed, "max_length": LONGEST,
+    }  # fmt: skip
+    found = peers.ask(job, python=INTERPRETERS[library])
+    answers = [p if given.labels else p[0] for p in found.pop("predictions")]
+    found.pop("truth")
+    split = len(given.validation)
+    return found | {
+        "seed": seed, "metric": given.metric, "score": tasks.score(given, answers[split:], rows=given.test),
+        "validation_score": tasks.score(given, answers[:split], rows=given.validation), "train": len(given.train), "test": len(given.test),
+    }  # fmt: skip
+
+
+def page(table: Table) -> str:
+    """docs/adaptation.md, from the files."""
+    names = [*METHODS, *PEERS]
+    scores = [[f"`{METHODS[n][0]}`" if n in METHODS else n, *(cells.mean_range([table.found(_cell(n, t, s)) for s in SEEDS]) for t in TASKS)] for n in names]
+    costs = []
+    for n in names:
+        every = [table.found(_cell(n, t, s)) for t in TASKS for s in SEEDS]
+        tuned = next((f for f in every if f), None)
+        costs.append([n, f"{tuned['lr']:g}" if tuned else cells.NOT_RUN, cells.mean(every, "trainable_parameters"), cells.mean(every, "train_s"),
+                      cells.mean(every, "train_cpu_s"), cells.mean(every, "train_peak_mb" if n in METHODS else "process_peak_mb")])  # fmt: skip
+    return f"""# Adapting MiniLM to six tasks
+
+Test scores in percent (accuracy; Matthews for CoLA, Pearson for STS-B): the mean over {len(SEEDS)} seeds, with the lowest and the highest. {TRAIN} training
+texts, {EPOCHS} epochs, {TEST} test texts; the learning rate of every method of every library is the best of four on SST-2's validation split (one
+seed) and is used on all tasks. Where a method needs many more steps than these, that shows.
+
+{cells.markdown(["method", *TASKS], scores)}
+
+What a run costs, mean over the runs above. Trainable parameters without the head. Peak memory is of the process while it trains, libraries
+included (for the peers of the whole process); two shared cores, so that CPU seconds say more than seconds.
+
+{cells.markdown(["method", "rate", "trainable", "train s", "CPU s", "peak MB"], costs)}
+
+Made by `python -m benchmarks.adaptation` from the files in `benchmarks/results/adaptation/`; `--table` makes it again from them.
+"""
+
+
+TABLE = Table("adaptation", every_cell, page)
+
+if __name__ == "__main__":
+    TABLE.main()

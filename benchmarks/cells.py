@@ -1,0 +1,96 @@
+"""Tables filled cell by cell: one committed file per cell, resumable, and the page made from the files alone.
+
+    python -m benchmarks.<table> [--hours 2] [--part 1/2] [--only TEXT]    fills missing cells, then writes docs/<table>.md
+    python -m benchmarks.<table> --table                                    writes the page only
+
+A cell that was not run reads 'not run'. `--part 1/2` takes every second cell, so that two processes can share a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+NOT_RUN = "not run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a table: a name, unique within it, and how to get its figures (a JSON object)."""
+
+    name: str
+    run: Callable[[], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells under benchmarks/results/<name>/, and a page made of what they hold."""
+
+    name: str
+    cells: Callable[[], Iterable[Cell]]
+    page: Callable[[Table], str]
+
+    def file(self, cell: str) -> Path:
+        """Where a cell's figures are kept."""
+        return ROOT / "benchmarks" / "results" / self.name / (re.sub(r"[^\w.=+-]+", "_", cell).strip("_") + ".json")
+
+    def found(self, cell: str) -> dict[str, Any] | None:
+        """A cell's figures, or None where it was not run."""
+        return json.loads(self.file(cell).read_text()) if self.file(cell).is_file() else None
+
+    def main(self) -> None:
+        """The command line of a table."""
+        parser = argparse.ArgumentParser(description=f"Fills the table {self.name}.")
+        parser.add_argument("--hours", type=float, default=1.0, help="begin no cell after so many hours")
+        parser.add_argument("--part", default="1/1", help="which share of the cells, as in 1/2")
+        parser.add_argument("--only", default="", help="cells whose name holds this text")
+        parser.add_argument("--table", action="store_true", help="write the page from the files alone")
+        asked = parser.parse_args()
+        mine, of = map(int, asked.part.split("/"))
+        until = 0.0 if asked.table else time.monotonic() + 3600 * asked.hours
+        for i, cell in enumerate(self.cells()):
+            if i % of == mine - 1 and asked.only in cell.name and not self.file(cell.name).is_file() and time.monotonic() < until:
+                self.fill(cell)
+        (ROOT / "docs" / f"{self.name}.md").write_text(self.page(self))
+
+    def fill(self, cell: Cell) -> None:
+        """Runs a cell and keeps its figures, with the day and the commit."""
+        begun = time.monotonic()
+        figures = {"cell": cell.name, **cell.run(), "wall_s": time.monotonic() - begun, "date": datetime.date.today().isoformat(), "commit": _commit()}
+        self.file(cell.name).parent.mkdir(parents=True, exist_ok=True)
+        self.file(cell.name).write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"{cell.name}: {figures['score']:.4f} in {figures['wall_s']:.0f} s", flush=True)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def mean_range(found: Sequence[dict[str, Any] | None], *, field: str = "score", times: float = 100.0, digits: int = 1) -> str:
+    """The mean over seeds with the lowest and the highest; says so where some or all are missing."""
+    values = [times * f[field] for f in found if f is not None]
+    if not values:
+        return NOT_RUN
+    missing = f", {len(values)} of {len(found)} seeds" if len(values) < len(found) else ""
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f}{missing})"
+
+
+def mean(found: Iterable[dict[str, Any] | None], field: str, *, digits: int = 0) -> str:
+    """The mean of a figure over the cells that were run."""
+    values = [f[field] for f in found if f is not None and f.get(field) is not None]
+    return f"{statistics.mean(values):,.{digits}f}" if values else NOT_RUN
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()

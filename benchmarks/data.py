@@ -1,0 +1,57 @@
+"""Tasks from the folder of real data sets ($PARETUNE_DATA, or `../shared/data` beside the repository), and one run on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import paretune as pt
+from paretune import flow, runs
+from paretune.options import Options, Training
+from paretune.tasks import Task
+
+FOLDER = Path(os.environ.get("PARETUNE_DATA") or Path(__file__).parents[2] / "shared" / "data")
+TASKS: dict[str, dict[str, Any]] = {  # the file to train on, and the arguments of `pt.task`
+    "sst2": {"file": "train.jsonl.gz", "text": "text", "label": "label", "validation": "validation.jsonl", "test": "test.jsonl"},
+    "cola": {"file": "train.jsonl.gz", "text": "text", "label": "label", "validation": "validation.jsonl", "test": "test.jsonl", "metric": "matthews"},
+    "mrpc": {"file": "train.jsonl.gz", "text": "sentence1,sentence2", "label": "label", "test": "test.jsonl"},
+    "rte": {"file": "train.jsonl.gz", "text": "sentence1,sentence2", "label": "label", "test": "validation.jsonl"},
+    "stsb": {"file": "train.jsonl.gz", "text": "sentence1,sentence2", "label": "score", "validation": "validation.jsonl", "test": "test.jsonl"},
+    "trec6": {"file": "train.jsonl", "text": "text", "label": "label", "test": "test.jsonl"},
+    "banking77": {"file": "train.jsonl.gz", "text": "text", "label": "label", "test": "test.jsonl"},
+    "books_doyle": {"file": "train.jsonl.gz", "text": "text", "test": "test.jsonl.gz"},
+    "e2e_nlg": {"file": "train.jsonl.gz", "text": "mr", "label": "references", "test": "test.jsonl.gz"},
+}
+
+
+def task(name: str, *, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0) -> Task:
+    """A data set, with at most so many rows per split; the training rows depend on the seed, the others are the same for all."""
+    given = {k: FOLDER / name / v if k in ("validation", "test") else v for k, v in TASKS[name].items() if k != "file"}
+    whole = pt.task(FOLDER / name / TASKS[name]["file"], **given)
+    cut = whole if train is None else whole.subset(train, seed=seed)
+    return dataclasses.replace(cut, validation=few(cut.validation, validation), test=few(cut.test, test))
+
+
+def few(rows: Any, n: int | None) -> Any:
+    """n of the rows, always the same ones."""
+    kept = range(len(rows)) if n is None or n >= len(rows) else sorted(random.Random(0).sample(range(len(rows)), n))
+    return type(rows)(rows[i] for i in kept)
+
+
+def one_run(recipe: str, given: Task, *, seed: int = 0, backbone: str = "minilm", epochs: float | None = None, lr: float | None = None) -> dict[str, Any]:
+    """The figures of one recipe on one task, trained and scored; inference is not measured."""
+    with tempfile.TemporaryDirectory() as out:
+        options = Options(Training(epochs=epochs, lr=lr))
+        plans = flow.plan_frontier(given, backbone=backbone, recipes=[recipe], seeds=seed + 1, out=out, options=options)
+        text, plan = plans[-1]
+        made = runs.make(plan, text)
+    kept = ("recipe", "resolved", "seed", "metric", "score", "score_low", "score_high", "validation_score", "task", "task_fingerprint",
+            "weights_sha256", "environment")  # fmt: skip
+    costs = ("train_s", "train_cpu_s", "train_peak_mb", "trainable_parameters", "head_parameters", "stored_mb")
+    return {k: made.record[k] for k in kept} | {k: made.record["cost"][k] for k in costs} | {
+        "train": len(given.train), "test": len(given.test), "phases": made.record["phases"],
+    }  # fmt: skip

@@ -1,0 +1,103 @@
+"""The same tasks in other libraries, as their documentation shows it: their model, their configuration, transformers' Trainer.
+
+    python benchmarks/peers.py < job.json        prints one line of JSON; run by the interpreter that has the library
+
+A job holds `library` ("peft" or "adapters"), `config` (the name of its configuration class) and `arguments`, `source` (folder of the
+backbone), `texts` ([first, second or null] per row and split), `labels` per split, `outputs` (number of classes; 1 is regression),
+`lr`, `epochs`, `batch`, `seed`, `max_length`. It imports nothing of paretune, since `adapters` needs an older transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HEAD_OF_BERT = ["classifier", "pooler"]  # what paretune, too, trains as the head of a BERT classifier
+
+
+def ask(job: dict[str, Any], *, python: str | Path = sys.executable) -> dict[str, Any]:
+    """Does a job in a fresh process of an interpreter that has the library.
+
+    Raises:
+        SystemExit: with the library's own message, where it fails.
+    """
+    done = subprocess.run([str(python), __file__], input=json.dumps(job), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{job['library']} {job['config']} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains and predicts; the answers are class probabilities' logits, or numbers."""
+    import torch
+    from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+
+    set_seed(job["seed"])
+    tokenizer = AutoTokenizer.from_pretrained(job["source"])
+    trainer_class: Any = Trainer
+    if job["library"] == "adapters":
+        from adapters import AdapterTrainer as trainer_class  # noqa: N813
+    model = _MODELS[job["library"]](job)
+    rows = {split: _rows(tokenizer, job, split) for split in ("train", "test")}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=job["batch"], num_train_epochs=job["epochs"], learning_rate=job["lr"], report_to=[],
+            save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True, weight_decay=0.01, seed=job["seed"],
+        )  # fmt: skip
+        trainer = trainer_class(model=model, args=arguments, train_dataset=rows["train"], data_collator=DataCollatorWithPadding(tokenizer))
+        wall, cpu = time.perf_counter(), time.process_time()
+        trainer.train()
+        seconds, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        answers = trainer.predict(rows["test"])
+    learns = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    head = sum(size for n, size in learns.items() if any(word in n for word in ("classifier", "pooler", "heads.")))
+    return {
+        "predictions": torch.as_tensor(answers.predictions).tolist(), "truth": torch.as_tensor(answers.label_ids).tolist(), "train_s": seconds,
+        "train_cpu_s": cpu, "process_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "head_parameters": head,
+        "trainable_parameters": sum(learns.values()) - head,
+        "versions": {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", job["library"])},
+    }  # fmt: skip
+
+
+def _rows(tokenizer: Any, job: dict[str, Any], split: str) -> list[dict[str, Any]]:
+    found = []
+    for (first, second), label in zip(job["texts"][split], job["labels"][split], strict=True):
+        encoded = tokenizer(first, second, truncation=True, max_length=job["max_length"])
+        found.append({**encoded, "labels": label})
+    return found
+
+
+def _peft(job: dict[str, Any]) -> Any:
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(job["source"], num_labels=job["outputs"])
+    config = getattr(peft, job["config"])(task_type=peft.TaskType.SEQ_CLS, modules_to_save=HEAD_OF_BERT, **job["arguments"])
+    return peft.get_peft_model(model, config)
+
+
+def _adapters(job: dict[str, Any]) -> Any:
+    import adapters
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(job["source"], num_labels=job["outputs"])
+    adapters.init(model)
+    model.add_adapter("task", config=getattr(adapters, job["config"])(**job["arguments"]))
+    model.train_adapter("task")
+    for name, parameter in model.named_parameters():
+        if any(word in name for word in HEAD_OF_BERT):
+            parameter.requires_grad_(True)
+    return model
+
+
+_MODELS = {"peft": _peft, "adapters": _adapters}
+
+if __name__ == "__main__":
+    print(json.dumps(work(json.load(sys.stdin))))
