@@ -30,6 +30,7 @@ class Trail:
     attached: tuple[Adapter, ...] = ()  # adapters on the model, frozen after their phase
     weights: str = "float"  # the format of the linear weights: "float", or what a transform left ("int8", "bf16")
     by: str = ""  # the spelling of the transform that left it
+    readout: Readout | None = None  # how the answer is read, where that is not a trained head
 
     def replace(self, **changes: Any) -> Trail:
         return dataclasses.replace(self, **changes)
@@ -101,6 +102,7 @@ class Adapter(Method):
     foldable: ClassVar[bool] = True  # can its effect be written into the backbone's weights?
     additive: ClassVar[bool] = False  # does it only add to an output? then each row of a batch may have its own
     selects: ClassVar[bool] = False  # does it train parameters the backbone already has?
+    reweighs: ClassVar[bool] = False  # does the model compute with changed weights, so that they must stay as they are?
 
     def follow(self, trail: Trail) -> Trail:
         if trail.weights != "float":
@@ -125,6 +127,14 @@ class Adapter(Method):
     def settle(self, patches: list[Patch]) -> list[dict[str, Tensor]]:
         """What each patch holds once its phase has ended; overridden where that depends on all of them together."""
         return [patch.settle() for patch in patches]
+
+    def start(self, model: nn.Module, patches: list[Patch]) -> None:
+        """First values that only the adapted model can give, such as activations; called once, at the end of attaching."""
+
+    @property
+    def exact_at_start(self) -> bool:
+        """Is the output at the start the backbone's, bit for bit? The card says so of all choices of the knobs, unless overridden."""
+        return self.card.exact_at_start
 
     def selection(self, model: nn.Module) -> list[str]:
         """Names (as in `named_parameters`) of the existing parameters that learn."""
@@ -159,6 +169,12 @@ class Modifier(Method):
     """Changes how a training phase runs."""
 
     role = "modifier"
+    ranks: ClassVar[bool] = False  # does its loss compare the answers of a language model that ranks them?
+
+    def follow(self, trail: Trail) -> Trail:
+        if self.ranks and trail.readout is not None and not trail.readout.speaks:
+            raise Incompatible(f"{self!r}: it compares answers in a language model's own words, and {trail.readout!r} reads a head; use choices in its place")
+        return trail
 
     def events(self, loop: Loop) -> Events:
         """The handlers of this modifier for one training phase; they may hold state, the method may not."""
@@ -166,12 +182,38 @@ class Modifier(Method):
 
 
 class Readout(Method):
-    """Says how an answer is read where that is not a trained head; fitted by forward passes."""
+    """Says how an answer is read where that is not a trained head; fitted by forward passes. Its patches are a part of the head."""
 
     role = "readout"
+    speaks: ClassVar[bool] = False  # does the answer come in a language model's own words, and not from a head?
 
-    def fit(self, model: nn.Module, examples: Examples) -> nn.Module:
-        """The model whose head now answers."""
+    def follow(self, trail: Trail) -> Trail:
+        if self.speaks and trail.attached:
+            raise Incompatible(f"{self!r} says how this model answers, in training, too; put it first, as in {self!r} | {trail.attached[0]!r}")
+        return trail.replace(readout=self)
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """Where its patches sit in this model."""
+        return []
+
+    def patch(self, site: Site) -> Patch:
+        """A fresh patch for one site."""
+        raise AssertionError(f"{self!r} gives sites and no patch")
+
+    def shared(self, model: nn.Module) -> nn.Module | None:
+        """Nothing: each patch of a readout has its own tensors."""
+        return None
+
+    def unused(self, model: nn.Module) -> list[str]:
+        """Paths of modules whose output it goes around, so that nothing in them can learn."""
+        return []
+
+    def encode(self, task: Any, rows: Any, *, processor: Any, max_length: int | None, config: Any) -> list[dict[str, Any]]:
+        """The encodings of rows as the model that is read so shall get them; by default the task's own."""
+        return task.encode(rows, processor, max_length=max_length, config=config)
+
+    def fit(self, model: nn.Module, examples: Examples) -> int:
+        """Makes the model's head answer; returns how many training examples went through the model or into a prompt."""
         raise AssertionError(f"{self!r} does not say how to fit a readout")
 
 

@@ -9,24 +9,31 @@ Shapes: B rows, T positions, D features of a block, I and O features of a linear
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from paretune import anatomy, attention
 from paretune.anatomy import Site
 
 CHILD = "paretune"
+READOUT = "readout"  # the name under which a readout's patches stand; they belong to the head, and no switch turns them off
 
 
 class Patch(nn.Module):
     """One method's tensors at one site. `patch(x, y)` gives the output, from the module's input x and output y."""
 
     wraps: ClassVar[bool] = False  # does it act around the whole call, through `around`?
+    reweighs: ClassVar[bool] = False  # is `delta` all it says? then the module computes with W + ΔW and b + Δb
+    attends: ClassVar[bool] = False  # does it act inside the attention call, through `attend`?
     method: Any  # the adapter it is of; set when it is installed
     shared: nn.Module | None  # what `Adapter.shared` gave: one for all patches of the adapter; set when it is installed
 
@@ -43,6 +50,14 @@ class Patch(nn.Module):
     def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """For a patch that `wraps`: the module's call, with other inputs or another reading of its outputs."""
         return forward(*args, **kwargs)
+
+    def among(self, patches: Sequence[Patch | None]) -> Callable[..., Any]:
+        """For a patch that `wraps` and may serve single rows: an `around` in which row i of the batch meets `patches[i]` alone."""
+        raise AssertionError(f"{type(self).__name__} cannot tell rows apart")
+
+    def attend(self, attend: attention.Attend, call: attention.Call) -> tuple[Tensor, Tensor | None]:
+        """For a patch that `attends`: the attention call, with other keys and values or by other means."""
+        return attend(call)
 
     def enter(self, x: Tensor) -> Tensor:
         """The input (B, T, I) as the patched map shall see it."""
@@ -92,6 +107,11 @@ class Selected(Patch):
             parameter.data, self._buffers[name] = self._buffers[name], parameter.data
 
 
+def openness(x: Tensor, gate: Tensor) -> Tensor:
+    """σ(w·x + b) of each token: (B, T, I) to (B, T, 1); the gate (I + 1) holds w and, last, b."""
+    return torch.sigmoid(F.linear(x.to(gate.dtype), gate[None, :-1], gate[-1:]))
+
+
 class Seam(nn.Module):
     """All patches at one module, by adapter and method; runs the active ones in the order of attachment."""
 
@@ -124,18 +144,41 @@ class Seam(nn.Module):
         number = sum(1 for k in group._modules if re.fullmatch(rf"{key}(_\d+)?", k))
         group.add_module(f"{key}_{number + 1}" if number else key, patch)
 
+    def attending(self, adapters: Sequence[str | None] | None = None) -> list[Patch]:
+        """The patches that act in the module's attention call: of the given adapters, or of all that are at work."""
+        return [p for _, _, p in self.patches(self._serving() if adapters is None else adapters) if p.attends]  # type: ignore[arg-type]
+
+    def _serving(self) -> tuple[str, ...]:
+        return self.active if self.rows is None else tuple(dict.fromkeys(n for n in self.rows if n is not None))
+
     def run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's forward with its active patches around it."""
-        names = self.active if self.rows is None else tuple(dict.fromkeys(n for n in self.rows if n is not None))
+        names = self._serving()
         for adapter, key in self.captures:
             if adapter in names:
                 _waiting.__dict__[key] = _first_input(args, kwargs)
         patches = [(a, p) for a, _, p in self.patches(names) if not isinstance(p, Selected)]
-        for _, patch in patches:
-            if patch.wraps:
-                forward = functools.partial(patch.around, forward)
-        working = [(a, p) for a, p in patches if not p.wraps]
+        reweighing = [p for _, p in patches if p.reweighs]
+        if reweighing:
+            forward = _reweighed(forward, reweighing)
+        for around in self._wrapping(names):
+            forward = functools.partial(around, forward)
+        if any(p.attends for _, p in patches):
+            kwargs = {**kwargs, attention.INPUT: _first_input(args, kwargs)}
+        working = [(a, p) for a, p in patches if not (p.wraps or p.attends or p.reweighs)]
         return self._patched(working, forward, args, kwargs) if working else forward(*args, **kwargs)
+
+    def _wrapping(self, names: Sequence[str]) -> Iterator[Callable[..., Any]]:
+        """What goes around the call: each patch; or, where rows have adapters of their own, the patches of a method together. A readout is outermost."""
+        patches = [(a, k, p) for a, k, p in self.patches(names) if p.wraps]
+        readout = [patch.around for _, _, patch in self.patches([READOUT])]
+        if self.rows is None:
+            yield from (*(patch.around for _, _, patch in patches), *readout)
+            return
+        for key in dict.fromkeys(key for _, key, _ in patches):
+            of = {adapter: patch for adapter, k, patch in patches if k == key}
+            yield next(iter(of.values())).among([None if name is None else of.get(name) for name in self.rows])
+        yield from readout
 
     def _patched(self, working: list[tuple[str, Patch]], forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         x = _first_input(args, kwargs)
@@ -162,6 +205,38 @@ class Seam(nn.Module):
             return torch.cat([y[..., :start], call(x, y[..., start:stop]).to(y.dtype), y[..., stop:]], -1)
         index = torch.tensor(rows, device=y.device)
         return y.index_copy(-1, index, call(x, y.index_select(-1, index)).to(y.dtype))  # the part (B, T, O of the part)
+
+
+def effective(module: nn.Module, patches: Sequence[Patch]) -> dict[str, Tensor]:
+    """The module's weight and bias (where it changes) with the patches in them, summed in fp32, as the module stores them.
+
+    Patches that reweigh say what the map is, and come first; the others act on its input and output. Apart from that
+    the order is that of attachment.
+    """
+    stored, bias = anatomy.weight(module), getattr(module, "bias", None)  # (O, I), (O)
+    weight, shift = stored.float(), None if bias is None else bias.float()
+    for patch in sorted(patches, key=lambda p: not p.reweighs):
+        rows = None if patch.site is None or patch.site.rows is None else torch.tensor(patch.site.rows, device=weight.device)
+        part = slice(None) if rows is None else rows
+        d_weight, d_bias = patch.delta(weight[part], None if shift is None else shift[part])
+        weight = _plus(weight, d_weight, rows)  # W ← W + ΔW
+        shift = shift if d_bias is None or shift is None else _plus(shift, d_bias, rows)  # b ← b + Δb
+    found = {"weight": (weight.T if anatomy.is_transposed(module) else weight).to(stored.dtype).contiguous()}
+    return found if bias is None or shift is bias else {**found, "bias": shift.to(bias.dtype)}
+
+
+def _plus(whole: Tensor, change: Tensor, rows: Tensor | None) -> Tensor:
+    return whole + change if rows is None else whole.index_add(0, rows, change)
+
+
+def _reweighed(forward: Callable[..., Any], patches: Sequence[Patch]) -> Callable[..., Any]:
+    """The same forward on a stand-in that has the effective values; the module itself stays as it is, for other threads to run."""
+    module = forward.__self__  # type: ignore[attr-defined]
+    base = base_of(module)
+    stand_in = base.__new__(base)
+    with torch.autocast(module.weight.device.type, enabled=False):
+        stand_in.__dict__.update(module.__dict__ | effective(module, patches))
+    return types.MethodType(forward.__func__, stand_in)  # type: ignore[attr-defined]
 
 
 def contiguous(rows: tuple[int, ...]) -> bool:
@@ -205,12 +280,13 @@ class Adapted:
         return seam.run(super().forward, args, kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: int) -> Any:  # the subclass has no importable name; copying and pickling rebuild it
-        return _rebuild, (type(self).__bases__[1],), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _rebuild, (type(self).__bases__[-1],), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
 
 
 @functools.cache
 def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    return type(base.__name__, (Adapted, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+    front = (attention.Attending, Adapted) if anatomy.calls_attention(base) else (Adapted,)
+    return type(base.__name__, (*front, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
@@ -234,11 +310,15 @@ def open_seam(module: nn.Module, *, working: bool) -> Seam:
     return seam
 
 
+def base_of(module: nn.Module) -> type[nn.Module]:
+    """The module's own class, adapted or not."""
+    return type(module).__bases__[-1] if isinstance(module, Adapted) else type(module)
+
+
 def close_seam(module: nn.Module) -> None:
     """Takes the seam off and gives the module its class back."""
     del module._modules[CHILD]
-    if isinstance(module, Adapted):
-        module.__class__ = type(module).__bases__[1]
+    module.__class__ = base_of(module)
 
 
 def close_if_empty(module: nn.Module) -> None:
@@ -246,6 +326,31 @@ def close_if_empty(module: nn.Module) -> None:
     seam = seam_of(module)
     if seam is not None and not seam._modules and not seam.captures:
         close_seam(module)
+
+
+def keep_readout(module: nn.Module, seam: Seam) -> None:
+    """Lets the module go on, without the rest of its closed seam, with the readout's patches alone."""
+    group = seam._modules.get(READOUT)
+    if group is not None:
+        open_seam(module, working=True)._modules[READOUT] = group
+
+
+def readout(model: nn.Module) -> Any | None:
+    """The readout whose patches stand on the model; None where there is none."""
+    return next((patch.method for _, _, seam in seams_of(model) for _, _, patch in seam.patches([READOUT])), None)
+
+
+@contextlib.contextmanager
+def bypassed(model: nn.Module, path: str) -> Iterator[None]:
+    """Within the block an identity stands in the module's place, so that what the module would read comes out."""
+    owner, _, name = path.rpartition(".")
+    holder = model.get_submodule(owner)
+    module = holder._modules[name]
+    holder._modules[name] = nn.Identity()
+    try:
+        yield
+    finally:
+        holder._modules[name] = module
 
 
 def seams_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Seam]]:

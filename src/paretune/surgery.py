@@ -64,15 +64,17 @@ def attach(model: nn.Module, methods: Sequence[Adapter], *, name: str = "default
     if not on_top:
         switch(model)
     freeze(model)
+    patches = []
     for method, sites, selected in plan:
         share(model, name, method)
-        for site in sites:
-            install(model, name, method, site)
+        patches.append([install(model, name, method, site) for site in sites])
         select(model, name, method.spelling(), selected)
     if head:
         select(model, name, HEAD, head_parameters(model))
     here.adapters[name] = tuple(methods)
     _activate(model, (*here.active, name))
+    for method, own in zip(methods, patches, strict=True):
+        method.start(model, own)
     for parameter in _idle(model, methods):
         model.get_parameter(parameter).requires_grad_(False)
     return [n for n, p in model.named_parameters() if p.requires_grad]
@@ -81,15 +83,16 @@ def attach(model: nn.Module, methods: Sequence[Adapter], *, name: str = "default
 def _idle(model: nn.Module, methods: Sequence[Adapter]) -> list[str]:
     """Parameters that no gradient reaches, because an attached adapter goes around them."""
     here = state(model)
-    around = [path for ms in (*(here.adapters[n] for n in here.active), methods) for m in ms for path in m.unused(model)]
+    at_work = [*(m for n in here.active for m in here.adapters[n]), *methods, *filter(None, [seams.readout(model)])]
+    around = [path for method in at_work for path in method.unused(model)]
     return [n for n, _ in model.named_parameters() if n.startswith(tuple(f"{path}." for path in around))] if around else []
 
 
 def _check_name(name: str, here: State) -> None:
     if name in here.adapters:
         raise Incompatible(f"adapter {name!r} is on the model already; remove it first or choose another name")
-    if not name.isidentifier() or hasattr(Seam(), name):
-        raise Incompatible(f"adapter name {name!r}: a name is letters, digits and underscores, and none of torch's own")
+    if not name.isidentifier() or hasattr(Seam(), name) or name == seams.READOUT:
+        raise Incompatible(f"adapter name {name!r}: a name is letters, digits and underscores, and none of torch's own, nor {seams.READOUT}")
 
 
 def share(model: nn.Module, name: str, method: Adapter) -> None:
@@ -276,6 +279,7 @@ def merge(model: nn.Module) -> None:
         _fold(here, path, module, seam)
         here.unmerged[path] = seam
         seams.close_seam(module)
+        seams.keep_readout(module, seam)
     here.adapters, here.active = {}, ()
     hub.refresh(model)
 
@@ -293,24 +297,13 @@ def _refuse_tied(model: nn.Module) -> None:
                 )
 
 
+@torch.no_grad()
 def _fold(here: State, path: str, module: nn.Module, seam: Seam) -> None:
-    patches = [p for _, _, p in seam.patches() if not isinstance(p, Selected)]
-    if not patches:
-        return
-    weight = anatomy.weight(module).detach().float()  # (O, I)
-    bias = None if getattr(module, "bias", None) is None else module.bias.detach().float()
-    for patch in patches:  # W ← W + ΔW, in the order of attachment
-        part = slice(None) if patch.site is None or patch.site.rows is None else torch.tensor(patch.site.rows)
-        d_weight, d_bias = patch.delta(weight[part], None if bias is None else bias[part])
-        weight = weight.index_put((torch.arange(len(weight))[part],), weight[part] + d_weight)
-        if d_bias is not None and bias is not None:
-            bias = bias.index_put((torch.arange(len(bias))[part],), bias[part] + d_bias)
-    for tensor, value in (("weight", weight), ("bias", bias)):
-        parameter = getattr(module, tensor, None)
-        if parameter is not None and value is not None:
-            here.merged.append((path, tensor, parameter.data))
-            transposed = tensor == "weight" and parameter.shape != value.shape or anatomy.is_transposed(module) and tensor == "weight"
-            parameter.data = (value.T if transposed else value).to(parameter.dtype).contiguous()
+    patches = [p for adapter, _, p in seam.patches() if not isinstance(p, Selected) and adapter != seams.READOUT]
+    for tensor, value in (seams.effective(module, patches) if patches else {}).items():
+        parameter = getattr(module, tensor)
+        here.merged.append((path, tensor, parameter.data))
+        parameter.data = value
 
 
 def unmerge(model: nn.Module) -> None:
@@ -341,11 +334,17 @@ def forget(model: nn.Module) -> None:
 
 
 def replace(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Puts a module in the place of another; a seam moves over to it."""
+    """Puts a module in the place of another; a seam moves over to it.
+
+    Raises:
+        Incompatible: for another kind of module where a patch computes with the weight of the old one.
+    """
     parent, _, child = path.rpartition(".")
     old = model.get_submodule(path)
     seam = seams.seam_of(old)
     if seam is not None:
+        if not isinstance(new, seams.base_of(old)) and any(p.reweighs for _, _, p in seam.patches()):
+            raise Incompatible(f"a patch at {path} computes with its weight, which {type(new).__name__} keeps in another form; merge first")
         works = isinstance(old, seams.Adapted)
         seams.close_seam(old)
         seams.open_seam(new, working=works)

@@ -10,6 +10,7 @@ import steps
 from paretune import surgery
 from paretune.errors import TargetError
 from paretune.methods.adapters.lora import LoRA
+from paretune.recipe import parse
 
 
 def adapted(method, family="bert"):
@@ -80,3 +81,20 @@ def test_the_gradient_at_the_start_is_b_s_alone():
     model = adapted(LoRA(r=2))
     steps.loss(model, "bert").backward()
     assert all(bool(p.grad.any()) == n.endswith(".B") for n, p in steps.learning(model).items())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_rank_for_each_place_is_a_sum(family, tmp_path):
+    """In GPT-2 both places are parts of one module."""
+    phase = parse('lora(r=1, targets="query") + lora(r=4, targets="value", alpha=2.0)').check().phases[0]
+    model = steps.model(family)
+    surgery.attach(model, phase, head=False)
+    assert surgery.count(model) == (2 * (1 + 4) * (16 + 16), 0)
+    ranks = {p.site.place: (len(p.A), p.scale) for _, _, seam in surgery.seams_of(model) for _, _, p in seam.patches()}
+    assert ranks == {"query": (1, 2.0), "value": (4, 0.5)}
+    steps.disturb(model)
+    wanted = steps.logits(model, family)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(steps.logits(type(model).from_pretrained(tmp_path), family), wanted)
+    surgery.merge(model)
+    torch.testing.assert_close(steps.logits(model, family), wanted, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,8 @@
 
 A starts random (Kaiming uniform) and B at zero, so the adapted model starts as its backbone. Hu et al. 2021,
 arXiv:2106.09685, section 4.1; the rank-stabilized factor is Kalajdzievski 2023, arXiv:2312.03732.
+
+A rank for each place is a sum: lora(r=4, targets="query") + lora(r=16, targets="value").
 """
 
 from __future__ import annotations

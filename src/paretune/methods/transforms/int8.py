@@ -51,6 +51,9 @@ class Int8(Transform):
     def follow(self, trail: Trail) -> Trail:
         if trail.weights != "float":
             raise Incompatible(f"{self!r}: {trail.by} left {trail.weights} weights, and int8 starts from float ones; keep one of the two")
+        inside = next((m for m in trail.attached if m.reweighs), None)
+        if inside is not None:
+            raise Incompatible(f"{self!r}: {inside!r} computes with the float weights that int8 packs; put merge before int8")
         return trail.replace(weights="int8", by=self.spelling())
 
     def apply(self, model: nn.Module, examples: Examples | None = None) -> nn.Module:
