@@ -1,0 +1,146 @@
+"""Tables of recipes by tasks: few examples, little data, ranks and places of LoRA, prompts, causal models.
+
+    python -m benchmarks.grids few-shot [--hours 1] [--part 1/2]       (or low-data, lora-ranks, prompts, causal)
+
+Needs the folder of data sets (`benchmarks/data.py`). Rates are the cards' own; nothing is chosen on the test rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks import cells, data
+from benchmarks.cells import Cell, Table
+from paretune.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Recipes (rows) by tasks (columns), several seeds a cell."""
+
+    title: str
+    about: str
+    recipes: tuple[str, ...]
+    columns: dict[str, Callable[[int], Task]]  # what a column is called -> its task for a seed
+    epochs: Callable[[Task], float] = lambda task: 3.0
+    backbone: str = "minilm"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    times: float = 100.0  # scores are shown as percentages
+
+    def cells(self) -> Iterator[Cell]:
+        """Every recipe on every task; seeds outermost."""
+        for seed in self.seeds:
+            for recipe in self.recipes:
+                for column in self.columns:
+                    yield Cell(f"{recipe} {column} {seed}", functools.partial(self.run, recipe, column, seed))
+
+    def run(self, recipe: str, column: str, seed: int) -> dict[str, Any]:
+        """One run."""
+        task = self.columns[column](seed)
+        return data.one_run(recipe, task, seed=seed, backbone=self.backbone, epochs=self.epochs(task))
+
+    def page(self, table: Table) -> str:
+        """The page, from the files."""
+        rows = []
+        for recipe in self.recipes:
+            found = {c: [table.found(f"{recipe} {c} {s}") for s in self.seeds] for c in self.columns}
+            every = [f for fs in found.values() for f in fs]
+            scores = [cells.mean_range(fs, times=self.times) for fs in found.values()]
+            rows.append([f"`{recipe}`", *scores, cells.mean(every, "trainable_parameters"), cells.mean(every, "train_cpu_s")])
+        shown = cells.markdown(["recipe", *self.columns, "trainable", "train CPU s"], rows)
+        made = f"Made by `python -m benchmarks.grids {table.name}` from the files in `benchmarks/results/{table.name}/`; `--table` makes it again from them."
+        return f"# {self.title}\n\n{self.about} Mean over {len(self.seeds)} seeds, with the lowest and the highest.\n\n{shown}\n\n{made}\n"
+
+
+def few_of_each(name: str, shots: int, seed: int) -> Task:
+    """A data set with so many training rows of each class."""
+    whole = data.task(name, validation=100, test=500)
+    rows = list(whole.train)
+    random.Random(seed).shuffle(rows)
+    label, kept = whole.columns["label"], []
+    for row in rows:
+        if sum(k[label] == row[label] for k in kept) < shots:
+            kept.append(row)
+    return dataclasses.replace(whole, train=type(whole.train)(kept))
+
+
+def _few(name: str, *shots: int) -> dict[str, Callable[[int], Task]]:
+    return {f"{name}, {k} of each": functools.partial(few_of_each, name, k) for k in shots}
+
+
+def _little(name: str, *sizes: int) -> dict[str, Callable[[int], Task]]:
+    return {f"{name}, {n} texts": lambda seed, n=n: data.task(name, train=n, validation=100, test=500, seed=seed) for n in sizes}
+
+
+def _visits(total: int) -> Callable[[Task], float]:
+    """As many epochs as make about so many examples, from 3 to 30."""
+    return lambda task: float(min(30, max(3, round(total / len(task.train)))))
+
+
+_CAUSAL = ("full", "lora(r=8)", "adapter", "prefix", "bitfit")
+
+GRIDS = {
+    "few-shot": Grid(
+        title="Few examples of each class",
+        about="Accuracy in percent on 500 test texts; about 1,200 examples visited in training (from 3 to 30 epochs).",
+        recipes=("prototypes", "imprint", "lora(r=8)", "ia3", "head", "full"),
+        columns=_few("trec6", 5, 10, 50) | _few("banking77", 5, 10, 50), epochs=_visits(1200),
+    ),
+    "low-data": Grid(
+        title="Little data",
+        about="Accuracy in percent on 500 test texts of SST-2; about 1,500 examples visited in training.",
+        recipes=("full", "prefix", "prompt", "lora(r=8)"), columns=_little("sst2", 50, 100, 200, 500), epochs=_visits(1500),
+    ),
+    "lora-ranks": Grid(
+        title="Ranks and places of LoRA",
+        about="Accuracy in percent on 500 test texts; 800 training texts, 3 epochs (Hu et al. 2021, tables 5 and 6, ask the same of GPT-3).",
+        recipes=tuple(f'lora(r={r}, targets="{places}")' for places in ("query", "query value", "attention") for r in (1, 2, 4, 8, 64)),
+        columns=_little("sst2", 800) | _little("trec6", 800),
+    ),
+    "prompts": Grid(
+        title="Length and start of a prompt",
+        about="Accuracy in percent on 500 test texts of SST-2; 800 training texts, 6 epochs (Lester et al. 2021, figure 3).",
+        recipes=tuple(f'prompt(init="{start}", length={n})' for start in ("random", "vocabulary", "classes") for n in (1, 5, 20, 50)),
+        columns=_little("sst2", 800), epochs=lambda task: 6.0,
+    ),
+    "causal": Grid(
+        title="A causal model adapted to one author and to data-to-text",
+        about="books-gpt2 (10 M parameters): perplexity on Conan Doyle's test books.",
+        recipes=_CAUSAL, columns={"books_doyle": lambda seed: _doyle(seed)}, epochs=lambda task: 1.0,
+        backbone=str(data.FOLDER / "checkpoints" / "books-gpt2"), times=1.0,
+    ),
+}  # fmt: skip
+
+
+def _doyle(seed: int) -> Task:
+    """One part of the books for training and testing, cut so that a run takes a minute."""
+    whole = data.task("books_doyle")
+    cut = {"train": 300_000, "validation": 20_000, "test": 60_000}
+    parts = {split: _beginning(whole.rows(split), whole.columns["text"], characters) for split, characters in cut.items()}
+    return dataclasses.replace(whole, **parts)
+
+
+def _beginning(rows: Any, column: str, characters: int) -> Any:
+    kept, left = [], characters
+    for row in rows:
+        if left > 0:
+            kept.append({**row, column: row[column][:left]})
+            left -= len(row[column])
+    return type(rows)(kept)
+
+
+def main() -> None:
+    """The first argument names the table."""
+    if len(sys.argv) < 2 or sys.argv[1] not in GRIDS:
+        raise SystemExit(f"which table? One of {', '.join(GRIDS)}")
+    name = sys.argv.pop(1)
+    Table(name, GRIDS[name].cells, GRIDS[name].page).main()
+
+
+if __name__ == "__main__":
+    main()
