@@ -17,6 +17,7 @@ _HOME = {
     **dict.fromkeys(("task", "Task"), "tasks"),
     **dict.fromkeys(("targets",), "anatomy"),
     **dict.fromkeys(("switch", "rows", "remove", "merge", "unmerge", "count"), "surgery"),
+    **dict.fromkeys(("add_class",), "readouts"),
     **dict.fromkeys(("Run",), "store"),
     **dict.fromkeys(("Front",), "pareto.front"),
     **dict.fromkeys(("ParetuneError", "Incompatible", "RecipeError", "TargetError", "DataError", "BackboneError"), "errors"),

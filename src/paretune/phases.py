@@ -117,7 +117,7 @@ def _execute(plan: Plan, k: int, model: nn.Module) -> dict[str, Any]:
     work = folder.with_name(folder.name + ".work")
     record = {"id": plan.identity(k), "spelling": spell((phase,)), "role": "training" if is_training(phase) else phase[0].role}
     before = processors.get(model)
-    record |= _train(plan, k, model, work) if is_training(phase) else _metered(plan, lambda: shrink(model, phase[0], plan.task))
+    record |= _train(plan, k, model, work) if is_training(phase) else _shrunk(plan, model, phase[0])
     if isinstance(phase[0], Transform):
         record["facts"] = phase[0].facts(before, model, task=plan.task)
     store.require_space(folder, sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6 * 1.1)
@@ -152,6 +152,15 @@ def _train(plan: Plan, k: int, model: nn.Module, work: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _shrunk(plan: Plan, model: nn.Module, method: Any) -> dict[str, Any]:
+    if not isinstance(method, Readout):
+        return _metered(plan, lambda: shrink(model, method, plan.task))
+    fitted: list[int] = []
+    record = _metered(plan, lambda: fitted.append(_fit(model, method, plan.task)))
+    each = training.forward_flops(model, plan.task)
+    return record | {"examples": fitted[0], "train_flops": None if each is None else each * fitted[0]}
+
+
 def _metered(plan: Plan, work: Callable[[], Any]) -> dict[str, Any]:
     metering = plan.options.metering
     meter = energy.find(metering.power, metering.profile, device=plan.options.compute.device)
@@ -178,15 +187,22 @@ def shrink(model: nn.Module, method: Any, task: Task | None = None) -> nn.Module
     needs = isinstance(method, Readout) or method.needs_examples
     if needs and task is None:
         raise Incompatible(f"{method!r} reads training examples; give the task: shrink(model, {method!r}, task)")
+    if isinstance(method, Readout):
+        _fit(model, method, task)
+        return model
     examples = Examples(task, surgery.state(model).processor) if task else None
     if isinstance(method, registry.get("merge")) and not surgery.state(model).active:
         surgery.settle(model)  # what was selected was folded when its phase ended
-    elif isinstance(method, Readout):
-        method.fit(model, examples)
     else:
         method.apply(model, examples)
     hub.refresh(model)
     return model
+
+
+def _fit(model: nn.Module, readout: Readout, task: Task | None) -> int:
+    examples = readout.fit(model, Examples(task, surgery.state(model).processor))
+    hub.refresh(model)
+    return examples
 
 
 def save_model(model: Any, folder: Path) -> None:
