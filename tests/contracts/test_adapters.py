@@ -59,7 +59,7 @@ def test_a_refusal_gives_its_reason_and_changes_nothing(method, family):
 
 @every_case
 def test_exact_at_the_start(method, family):
-    if not method.card.exact_at_start:
+    if not method.exact_at_start:
         assert method.card.note, "a method that moves the output before training says why on its card"
         return
     model = adapted(method, family)

@@ -48,6 +48,14 @@ def embeddings(model: nn.Module) -> Embeddings:
     )
 
 
+def positions(model: nn.Module) -> tuple[int, int | None]:
+    """(the first position's number in `position_ids`, how many positions there are; None: no limit), from the config alone."""
+    table = family(model).positions
+    first = (model.config.pad_token_id + 1 if table.offset is None else table.offset) if table.counted else 0
+    count = getattr(model.config, table.field, None) if table.field else None
+    return first, None if count is None else count - first
+
+
 def head(model: nn.Module) -> list[str]:
     """The modules that belong to the task and not to the backbone; empty for base and language models."""
     prefix = base_prefix(model)
@@ -64,6 +72,13 @@ def all_norms(model: nn.Module) -> list[str]:
     kinds = {type(model.get_submodule(path)).__name__ for path in norms(model)}
     outside = tuple(f"{path}." for path in head(model))
     return [path for path, module in modules_of(model).items() if type(module).__name__ in kinds and not path.startswith(outside)]
+
+
+def position_modules(model: nn.Module) -> list[str]:
+    """Paths of the modules that turn position ids into vectors or angles; none for relative positions, images and sound."""
+    modules = modules_of(model)
+    tables = [path for path in embeddings(model).positions if path in modules]
+    return tables or [path for path in modules if path.rpartition(".")[2] == "rotary_emb"]
 
 
 def is_text_encoder(model: nn.Module) -> bool:

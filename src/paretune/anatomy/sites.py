@@ -2,6 +2,7 @@
 
 A target spec is a text or a list of texts; each word of it is one of
 - a place: query, key, value, output, up, gate, down (linear maps); attention_block, ffn_block; attention_norm, ffn_norm;
+  attention_call (the module that computes attention);
 - a group of places: qkv, attention, ffn, linear, block, norm;
 - either of them with `encoder.`, `decoder.`, `self.` or `cross.` in front, which keeps that stack or kind of attention;
 - a module path, its end, or a glob of it (`*.layer.0.*.query`), for any linear map of the model.
@@ -26,6 +27,7 @@ GROUPS = {
     "linear": ("query", "key", "value", "output", "up", "gate", "down"),
     "block": ("attention_block", "ffn_block"),
     "norm": ("attention_norm", "ffn_norm"),
+    "call": ("attention_call",),
 }
 FFN = GROUPS["ffn"]
 
@@ -41,14 +43,14 @@ class Site:
     cross: bool = False  # does it belong to cross-attention?
     rows: tuple[int, ...] | None = None  # which output features of the module are the place's; None: all
     in_features: int = 0
-    out_features: int = 0  # of the part; for blocks and norms both are the hidden size
+    out_features: int = 0  # of the part; for blocks and norms both are the hidden size, for calls this is the keys' width
     transposed: bool = False  # is the weight stored as (in, out), as Conv1D does?
     source: str | None = None  # blocks: the module whose first input is the sub-layer's input
 
     @property
     def kind(self) -> str:
-        """linear, block or norm."""
-        return next((k for k in ("block", "norm") if self.place in GROUPS[k]), "linear")
+        """linear, block, norm or call."""
+        return next((k for k in ("block", "norm", "call") if self.place in GROUPS[k]), "linear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def resolve(model: nn.Module, spec: str | Sequence[str], *, kind: str | None = N
     Args:
         model: a transformers model, with or without a task's head.
         spec: as the top of this file says.
-        kind: only sites of this kind: linear, block or norm.
+        kind: only sites of this kind: linear, block, norm or call.
 
     Raises:
         TargetError: for any word of the spec that hits nothing.
@@ -104,13 +106,24 @@ def norms(model: nn.Module) -> list[str]:
 
 
 def _sites(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
-    return [
+    found = [
         site
         for stack, refs in stacks_of(model, modules)
         for ref in refs
         for name, place in stack.places.items()
         for one in (place if isinstance(place, tuple) else (place,))
         for site in _site(model, modules, ref, name, one)
+    ]
+    return found + _calls(found)
+
+
+def _calls(found: list[Site]) -> list[Site]:
+    """The modules that compute attention: those that hold the query maps; as wide as their keys."""
+    keys = {(s.stack, s.layer, s.cross): s.out_features for s in found if s.place == "key"}
+    return [
+        Site("attention_call", s.path.rpartition(".")[0], s.layer, s.stack, s.cross, in_features=s.in_features, out_features=width)
+        for s in found
+        if s.place == "query" and (width := keys.get((s.stack, s.layer, s.cross)))
     ]
 
 
