@@ -16,14 +16,16 @@ from torch import nn
 import paretune  # noqa: F401 - lets transformers open our folders
 import steps
 import tiny
-from paretune import anatomy, hub, roles, seams, surgery
+from paretune import anatomy, hub, probe, roles, seams, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.adapter import Adapter
 from paretune.methods.adapters.bitfit import BitFit
+from paretune.methods.adapters.dora import DoRA
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.head import Head
 from paretune.methods.adapters.ia3 import IA3
 from paretune.methods.adapters.lora import LoRA
+from paretune.methods.adapters.mask import Mask
 from paretune.methods.transforms.keep_layers import KeepLayers
 from paretune.recipe import Recipe
 
@@ -170,6 +172,71 @@ def test_a_fused_map_is_patched_and_merged_in_its_part_alone():
     after = model.transformer.h[0].attn.c_attn.weight
     changed = (before != after).any(0).view(3, 16).any(1)
     assert changed.tolist() == [False, False, True]
+
+
+# --- patches of the parameters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_patches_of_the_weight_come_first_whatever_was_attached_first(family):
+    """W → W ⊙ m → (1 + l) ⊙ (W ⊙ m + s B A), also where mask is attached last, and where the map is a part of a fused one."""
+    model = adapted(LoRA(r=2, targets="key"), IA3(targets="key"), Mask(targets="key"), family=family, head=False)
+    wanted, before = steps.logits(model, family), steps.tensors(model)
+    path, module, seam = next((p, m, s) for p, m, s in surgery.seams_of(model) if m is not model)
+    lora, ia3, mask = (patch for _, _, patch in seam.patches())
+    rows = list(mask.site.rows or range(16))
+    weight = anatomy.weight(module).detach().clone()  # (O, I)
+    weight[rows] = ia3.scale.detach()[:, None] * (weight[rows] * (mask.scores > 0.01) + (lora.scale * lora.B @ lora.A).detach())
+    x = torch.randn(2, 3, 16)
+    scale = torch.ones(len(weight)).index_copy(0, torch.tensor(rows), ia3.scale.detach())
+    torch.testing.assert_close(module(x), nn.functional.linear(x, weight, module.bias * scale))
+    surgery.merge(model)
+    torch.testing.assert_close(anatomy.weight(model.get_submodule(path)), weight)
+    torch.testing.assert_close(steps.logits(model, family), wanted, rtol=1e-4, atol=1e-5)
+    surgery.unmerge(model)
+    assert steps.same(steps.tensors(model), before) and torch.equal(steps.logits(model, family), wanted)
+
+
+def test_a_patched_weight_is_never_written_to_the_module():
+    """Other threads may run the module, in its own forward or a patched one, at any moment."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = adapted(Mask(), head=False)
+    stored = {n: (t.data_ptr(), t.clone()) for n, t in model.state_dict().items()}
+    wanted = [steps.logits(model, "bert", seed=s) for s in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda s: steps.logits(model, "bert", seed=s), range(8)))
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+    assert all(t.data_ptr() == stored[n][0] and torch.equal(t, stored[n][1]) for n, t in model.state_dict().items())
+
+
+def test_a_norm_is_a_map_of_the_parameter_seam_too():
+    class Lift(seams.Patch):
+        reweighs = True
+
+        def delta(self, weight, bias):
+            return weight, bias + 1
+
+    model = steps.model("bert")
+    (path, *_) = anatomy.norms(model)
+    norm, x = model.get_submodule(path), torch.randn(2, 3, 16)
+    wanted = 2 * norm(x) - norm.bias + 1
+    seam = seams.open_seam(norm, working=True)
+    seam.add("default", "lift", Lift())
+    seam.active = ("default",)
+    torch.testing.assert_close(norm(x), wanted)
+
+
+def test_bf16_working_copies_compute_near_the_fp32_truth():
+    """The pace that trains with frozen weights in bf16 patches those; the fp32 weights come back unchanged."""
+    model = adapted(Mask(), DoRA(), head=False)
+    wanted, before = steps.logits(model, "bert"), steps.tensors(model)
+    pace = probe.Pace("bf16")
+    with probe.paced(model, pace), probe.autocast(pace):
+        steps.loss(model, "bert").backward()
+        torch.testing.assert_close(steps.logits(model, "bert").float(), wanted, rtol=0.1, atol=0.1)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.any() for p in steps.learning(model).values())
+    assert steps.same(steps.tensors(model), before)
 
 
 # --- modules --------------------------------------------------------------------------------------------------------------------
