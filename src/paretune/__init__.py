@@ -16,7 +16,7 @@ _HOME = {
     **dict.fromkeys(("parse", "after", "Recipe"), "recipe"),
     **dict.fromkeys(("task", "Task"), "tasks"),
     **dict.fromkeys(("targets",), "anatomy"),
-    **dict.fromkeys(("switch", "rows", "remove", "merge", "unmerge", "count"), "surgery"),
+    **dict.fromkeys(("switch", "rows", "remove", "merge", "unmerge", "thaw", "count"), "surgery"),
     **dict.fromkeys(("add_class",), "readouts"),
     **dict.fromkeys(("Run",), "store"),
     **dict.fromkeys(("Front",), "pareto.front"),

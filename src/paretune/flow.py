@@ -90,12 +90,14 @@ def fit(model: nn.Module, task: Task, *modifiers: Modifier, seed: int = 0, repor
         report: is told epoch, step, loss and examples per second.
 
     Raises:
-        Incompatible: where nothing is attached.
+        Incompatible: where nothing is attached, or all of it is frozen.
         Diverged: when the loss is not a number.
     """
     attached = [m for methods in surgery.state(model).adapters.values() for m in methods]
     if not attached:
         raise Incompatible("fit: nothing is attached to the model, so nothing would learn; adapt it first, as in pt.adapt(model, pt.LoRA())")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise Incompatible("fit: nothing learns, as what is attached came frozen from a file or an earlier phase; call pt.thaw(model), or adapt it on_top")
     schedule = next((m for m in modifiers if isinstance(m, Schedule)), Schedule())
     if schedule.lr is None:
         schedule = Schedule(**{**schedule.knobs(defaults=True), "lr": phases.default_lr(tuple(attached), model.config)})

@@ -138,7 +138,10 @@ def _register(module: ModuleType) -> None:
             rebuild(model, self.quantization_config.to_dict())
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            from paretune import surgery
+
             refresh(model)
+            surgery.freeze(model)  # loading makes new parameters, which ask for gradients
             model.is_quantized = False  # Trainer may train the adapters
             del model.hf_quantizer, model.quantization_method
             return model

@@ -147,6 +147,17 @@ def freeze(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
+def thaw(model: nn.Module) -> None:
+    """Lets what is active learn again, and nothing else: a loaded model is frozen."""
+    freeze(model)
+    for _, module, seam in seams_of(model):
+        here = [p for _, _, p in (*seam.patches(state(model).active), *seam.shared(state(model).active))]
+        for parameter in (t for p in here for t in ([getattr(module, n) for n in p.names] if isinstance(p, Selected) else p.parameters())):
+            parameter.requires_grad_(True)
+    for name in _idle(model, ()):
+        model.get_parameter(name).requires_grad_(False)
+
+
 def switch(model: nn.Module, *names: str) -> None:
     """Makes these adapters the active ones, in the order of attachment; with no name, the model is its backbone.
 
