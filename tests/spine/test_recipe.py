@@ -158,7 +158,7 @@ def test_a_method_is_frozen_and_lists_become_tuples():
         ("lora(r=True)", "r is a whole number, not bool"),
         ("lora(dropout=1.5)", "dropout is from 0.0 to 1.0"),
         ("lora(r=4, r=5)", "r is given twice"),
-        ("lora(1, 2, 0.1, 'query', True, 6)", "has 5 knobs, and more values were given"),
+        ("lora(1, 2, 0.1, 'query', True, True, 7)", "has 6 knobs, and more values were given"),
         ("adapter(form='houlsbi')", "did you mean houlsby?"),
         ("merge(3)", "merge has no knobs"),
         ("merge(x=3)", "merge has no knobs; 'x' was given"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +19,7 @@ from paretune import anatomy
 from paretune.anatomy import Site
 from paretune.card import Card, knob
 from paretune.roles import Adapter as AdapterRole
-from paretune.seams import Patch
+from paretune.seams import Patch, openness
 
 PLACES = {"houlsby": "attention_block ffn_block", "pfeiffer": "ffn_block", "parallel": "ffn_block"}
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -48,6 +49,7 @@ class Adapter(AdapterRole):
     activation: str = knob("gelu", "σ", choices=("relu", "gelu", "silu"))
     scale: float = knob(1.0, "s", low=0.0)
     norms: bool = knob(True, "train the layer norms too, as Houlsby et al. do")
+    gate: bool = knob(False, "a trained gate σ(w·x + b) for each bottleneck and token, as UniPELT has it")
 
     def sites(self, model: nn.Module) -> list[Site]:
         sites = anatomy.resolve(model, PLACES[self.form])
@@ -72,8 +74,12 @@ class Bottleneck(Patch):
         nn.init.normal_(self.down.weight, std=0.01)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
+        if knobs.gate:
+            self.gate = nn.Parameter(torch.zeros(site.in_features + 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         source = (x if self.parallel else y).to(self.down.weight.dtype)
         update: Tensor = self.up(self.sigma(self.down(source)))  # (B, T, d) -> (B, T, m) -> (B, T, d)
+        if "gate" in self._parameters:
+            update = openness(source, self.gate) * update
         return y + self.scale * update.to(y.dtype)

@@ -21,7 +21,7 @@ from paretune import anatomy
 from paretune.anatomy import Site
 from paretune.card import Card, knob
 from paretune.roles import Adapter
-from paretune.seams import Patch
+from paretune.seams import Patch, openness
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -46,12 +46,18 @@ class LoRA(Adapter):
     dropout: float = knob(0.0, "share of the inputs of A set to zero in training", low=0.0, high=1.0)
     targets: str | tuple[str, ...] = knob("attention", "which linear maps: places or module paths", search="query value, attention, ffn, linear")
     rank_stabilized: bool = knob(False, "scale by alpha / √r instead of alpha / r")
+    gate: bool = knob(False, "a trained gate σ(w·x + b) for each map and token, as UniPELT has it")
+
+    @property
+    def foldable(self) -> bool:  # type: ignore[override]
+        """Is the update the same for all tokens?"""
+        return not self.gate
 
     def sites(self, model: nn.Module) -> list[Site]:
         return anatomy.resolve(model, self.targets, kind="linear")
 
     def patch(self, site: Site) -> Patch:
-        return LowRank(site, self)
+        return (Gated if self.gate else LowRank)(site, self)
 
 
 class LowRank(Patch):
@@ -73,3 +79,15 @@ class LowRank(Patch):
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
         return self.scale * (self.B.float() @ self.A.float()), None  # ΔW = s B A
+
+
+class Gated(LowRank):
+    """g · s · B A at one linear map, with g = σ(w·x + b) for each token."""
+
+    def __init__(self, site: Site, knobs: LoRA) -> None:
+        super().__init__(site, knobs)
+        self.gate = nn.Parameter(torch.zeros(site.in_features + 1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        update = super().forward(x, y.new_zeros(()))
+        return y + (openness(x, self.gate) * update).to(y.dtype)
