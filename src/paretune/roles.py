@@ -112,6 +112,10 @@ class Adapter(Method):
             )
         return trail.replace(attached=(*trail.attached, self))
 
+    def chosen(self, model: nn.Module, examples: Examples | None) -> tuple[Adapter, dict[str, float]]:
+        """This adapter with what it leaves to the data decided on a training split, and what it found out for the record."""
+        return self, {}
+
     def sites(self, model: nn.Module) -> list[Site]:
         """Where the adapter sits in this model (`anatomy.resolve` of its targets); empty for a pure selection."""
         return []
@@ -135,6 +139,10 @@ class Adapter(Method):
     def exact_at_start(self) -> bool:
         """Is the output at the start the backbone's, bit for bit? The card says so of all choices of the knobs, unless overridden."""
         return self.card.exact_at_start
+
+    def events(self, loop: Loop) -> Events | None:
+        """Handlers for the training phase in which this adapter learns, where it needs any: a penalty, a stage of its own."""
+        return None
 
     def selection(self, model: nn.Module) -> list[str]:
         """Names (as in `named_parameters`) of the existing parameters that learn."""

@@ -100,7 +100,7 @@ def share(model: nn.Module, name: str, method: Adapter) -> None:
     module = method.shared(model)
     if module is not None:
         module.method = method
-        module.to(next(model.parameters()).device)
+        module.to(next(model.parameters()).device).train(model.training)
         seams.open_seam(model, working=False).add(name, f"{method.spelling()}_shared", module)
 
 
@@ -110,7 +110,7 @@ def install(model: nn.Module, name: str, method: Adapter, site: Site, *, key: st
     module, root = model.get_submodule(site.path), seams.seam_of(model)
     patch.method = method
     patch.borrow(next((m for _, _, m in root.shared([name]) if m.method == method), None) if root else None)
-    patch.to(next(model.parameters()).device)
+    patch.to(next(model.parameters()).device).train(module.training)
     seams.open_seam(module, working=True).add(name, key or method.spelling(), patch)
     waits = seams.capture_key(site)
     if waits:
@@ -140,6 +140,12 @@ def head_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters of the task's head; empty where the model has none."""
     inside = tuple(f"{path}." for path in anatomy.head(model))
     return [n for n, _ in model.named_parameters() if n.startswith(inside) and f".{CHILD}." not in n] if inside else []
+
+
+def newest(model: nn.Module) -> tuple[Adapter, ...]:
+    """The active adapters that were attached last, which are those that learn; none on a plain model."""
+    here = state(model)
+    return tuple(m for m in here.adapters[here.active[-1]] if isinstance(m, Adapter)) if here.active else ()
 
 
 def freeze(model: nn.Module) -> None:

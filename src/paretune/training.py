@@ -17,7 +17,7 @@ import accelerate
 import torch
 from torch import Tensor, nn
 
-from paretune import batches, checkpoints, probe, surgery
+from paretune import batches, checkpoints, probe, seams, surgery, virtual_tokens
 from paretune.errors import Diverged
 from paretune.meters import flops
 from paretune.methods.modifiers.schedule import Schedule
@@ -100,6 +100,7 @@ def fit(model: nn.Module, task: Task, *, schedule: Schedule, modifiers: Sequence
     """
     loop = Loop(model, task, schedule, settings)
     loop.events = [m.events(loop) for m in modifiers if not isinstance(m, Schedule)]
+    loop.events += [events for m in surgery.newest(model) if (events := m.events(loop))]
     return loop.run()
 
 
@@ -276,6 +277,17 @@ class Loop:
 
 def predict(model: nn.Module, task: Task, *, rows: Any, pace: probe.Pace | None = None, batch: int = 64) -> list[Any]:
     """One prediction per row or block (`Kind.predict`), in their order; the model computes in evaluation mode."""
+
+    def answers(inputs: dict[str, Tensor], outputs: Any) -> list[Any]:
+        return task.kind.predict(model, inputs, outputs=outputs, processor=_processor(model))
+
+    return read(model, task, rows=rows, answers=answers, pace=pace, batch=batch)
+
+
+def read(
+    model: nn.Module, task: Task, *, rows: Any, answers: Callable[[dict[str, Tensor], Any], list[Any]], pace: probe.Pace | None = None, batch: int = 64
+) -> list[Any]:
+    """What `answers` finds in each batch and the model's outputs for it, a value per row or block, in their order."""
     encodings = encode(task, rows, model=model)
     lengths = [task.kind.length(e) for e in encodings]
     found: list[Any] = [None] * len(encodings)  # language modeling has blocks, not rows
@@ -285,29 +297,44 @@ def predict(model: nn.Module, task: Task, *, rows: Any, pace: probe.Pace | None 
         for indices in batches.by_length(lengths, batch):
             inputs = _to_device(task.kind.collate([encodings[i] for i in indices], _processor(model)), device)
             outputs = model(**task.kind.inputs(inputs))
-            for i, prediction in zip(indices, task.kind.predict(model, inputs, outputs=outputs, processor=_processor(model)), strict=True):
-                found[i] = prediction
+            for i, answer in zip(indices, answers(inputs, outputs), strict=True):
+                found[i] = answer
     model.train(was_training)
     return found
 
 
 def encode(task: Task, rows: Any, *, model: nn.Module) -> list[dict[str, Any]]:
-    """The encodings of rows for this model."""
+    """The encodings of rows for this model, as its readout has them."""
+    reader = seams.readout(model)
+    if reader is not None:
+        return reader.encode(task, rows, processor=_processor(model), max_length=max_length(model), config=model.config)
     return task.encode(rows, _processor(model), max_length=max_length(model), config=model.config)
 
 
 def flops_per_example(model: nn.Module, task: Task, *, schedule: Schedule) -> float | None:
     """FLOPs of one training example, forward and backward, at the median length; what learns is what `requires_grad`."""
-    rows = sorted(encode(task, task.train[: 8 * schedule.batch], model=model), key=task.kind.length)
-    middle = rows[max(0, len(rows) // 2 - 4) : len(rows) // 2 + 4]
-    batch = _to_device(task.kind.collate(middle, _processor(model)), next(model.parameters()).device)
+    batch, size = _middle(model, task, task.train[: 8 * schedule.batch])
     reading = flops.step(lambda: task.kind.loss(model(**task.kind.inputs(batch)), batch)[0], model)
-    return None if reading.value is None else reading.value / len(middle)
+    return None if reading.value is None else reading.value / size
+
+
+def forward_flops(model: nn.Module, task: Task) -> float | None:
+    """FLOPs of one training example, forward alone, at the median length."""
+    batch, size = _middle(model, task, task.train[:256])
+    reading = flops.forward(lambda: model(**task.kind.inputs(batch)), model)
+    return None if reading.value is None else reading.value / size
+
+
+def _middle(model: nn.Module, task: Task, rows: Any) -> tuple[dict[str, Tensor], int]:
+    """A batch of up to eight rows around the median length, and how many they are."""
+    rows = sorted(encode(task, rows, model=model), key=task.kind.length)
+    middle = rows[max(0, len(rows) // 2 - 4) : len(rows) // 2 + 4]
+    return _to_device(task.kind.collate(middle, _processor(model)), next(model.parameters()).device), len(middle)
 
 
 def max_length(model: nn.Module) -> int | None:
     """How many tokens the model reads at most: its processor's limit, else its positions."""
-    limits = [getattr(_processor(model), "model_max_length", None), getattr(model.config, "max_position_embeddings", None)]
+    limits = [getattr(_processor(model), "model_max_length", None), getattr(model.config, "max_position_embeddings", None), virtual_tokens.room(model)]
     return min((n for n in limits if isinstance(n, int) and 0 < n < 1_000_000), default=None)
 
 

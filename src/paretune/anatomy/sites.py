@@ -45,6 +45,7 @@ class Site:
     in_features: int = 0
     out_features: int = 0  # of the part; for blocks and norms both are the hidden size, for calls this is the keys' width
     transposed: bool = False  # is the weight stored as (in, out), as Conv1D does?
+    bias: bool = False  # does the linear map add one?
     source: str | None = None  # blocks: the module whose first input is the sub-layer's input
 
     @property
@@ -150,8 +151,8 @@ def _site(model: nn.Module, modules: dict[str, nn.Module], ref: LayerRef, name: 
 
 def _with_shape(site: Site, module: nn.Module) -> Site:
     if is_transposed(module):
-        return dataclasses.replace(site, in_features=module.nx, out_features=module.nf, transposed=True)
-    return dataclasses.replace(site, in_features=module.in_features, out_features=module.out_features)
+        return dataclasses.replace(site, in_features=module.nx, out_features=module.nf, transposed=True, bias=True)
+    return dataclasses.replace(site, in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None)
 
 
 _KEEP = {
