@@ -229,7 +229,24 @@ def test_shifted_positions_begin_behind_the_prefix(family):
         assert not torch.allclose(shifted(**given).last_hidden_state, unchanged(**given).last_hidden_state)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_each_row_counts_from_behind_its_own_prefix(beams):
+    model = adapted(Prefix(length=2, reparametrize="none", positions="shifted"), "gpt2", "causal")
+    surgery.attach(model, [Prefix(length=9, reparametrize="none", positions="shifted")], name="long", head=False)
+    steps.disturb(model, std=1.0)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": beams, "pad_token_id": tiny.PAD}
+    names, alone = ["long", None, "default"], []
+    for row, name in zip(ids, names, strict=True):
+        surgery.switch(model, *([name] if name else []))
+        alone.append(model.generate(row[None], attention_mask=torch.ones(1, 3).long(), **how))
+    with surgery.rows(model, names):
+        assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **how), torch.cat(alone))
+
+
 def test_what_has_no_positions_to_shift_is_refused():
+    with pytest.raises(Incompatible, match="a shift by 64 leaves no room for an input among the 64 positions of Bert"):
+        adapted(Prefix(length=64, positions="shifted"))
     for family in ("t5", "bart", "vit"):
         with pytest.raises(Incompatible, match='no position ids that one prefix could shift; use positions="unchanged"'):
             adapted(Prefix(positions="shifted"), family)

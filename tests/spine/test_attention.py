@@ -182,7 +182,7 @@ def test_rows_of_beams_go_through_their_own_prefix():
     surgery.attach(model, [Prefix(length=5, reparametrize="none")], name="other", head=False)
     steps.disturb(model, std=1.0)
     ids = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
-    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "num_beams": 2, "pad_token_id": tiny.PAD}
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 2, "pad_token_id": tiny.PAD}
     names, alone = ["other", None, "default"], []
     for i, name in enumerate(names):
         surgery.switch(model, *([name] if name else []))

@@ -12,6 +12,7 @@ Li & Liang 2021, arXiv:2101.00190, sections 4.2 and 4.3. A gated prefix weighs w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,12 +44,13 @@ class Prefix(Adapter):
         "Layers that share their weights (ALBERT) share one prefix.",
     )
     foldable = False
+    additive = True  # rows of a batch meet in no attention, and each may have its own keys and values
 
     length: int = knob(10, "keys and values in front of each attention", low=1, search="5..100 log")
     reparametrize: str = knob("mlp", "train them as the output of an MLP, or themselves", choices=("mlp", "none"))
     hidden: int = knob(512, "width of the MLP", low=1)
     text: str = knob("", "start from the keys and values of this text, repeated or cut to the length; with reparametrize=\"none\"")
-    zero_start: bool = knob(False, "a trained gate for each layer, zero at the start")
+    zero_start: bool = knob(False, "a trained gate for each layer, zero at the start; the attention is then computed twice")
     gate: bool = knob(False, "a trained gate σ(w·x + b) for each layer and token, as UniPELT has it")
     positions: str = knob("unchanged", "where tokens begin to count: at zero, or behind the prefix as peft has it", choices=("unchanged", "shifted"))
     targets: str | tuple[str, ...] = knob("attention_call", "which attention: also encoder., decoder., self. or cross.attention_call")
@@ -57,11 +59,6 @@ class Prefix(Adapter):
         super().__post_init__()
         if self.text and self.reparametrize != "none":
             raise RecipeError(f'{self!r}: a text gives keys and values themselves and not an MLP; add reparametrize="none" or leave text out')
-
-    @property
-    def additive(self) -> bool:  # type: ignore[override]
-        """May each row of a batch have its own? The positions of a row are not known apart from the others'."""
-        return self.positions == "unchanged"
 
     @property
     def exact_at_start(self) -> bool:
@@ -77,6 +74,9 @@ class Prefix(Adapter):
         paths = [] if getattr(model.config, "is_encoder_decoder", False) else anatomy.position_modules(model)
         if not paths:
             raise Incompatible(f'{self!r}: {type(model).__name__} has no position ids that one prefix could shift; use positions="unchanged"')
+        _, limit = anatomy.positions(model)
+        if limit is not None and self.length >= limit:
+            raise Incompatible(f"{self!r}: a shift by {self.length} leaves no room for an input among the {limit} positions of {type(model).__name__}")
         return [Site("positions", path) for path in paths]
 
     def shared(self, model: nn.Module) -> nn.Module | None:
@@ -191,8 +191,20 @@ class Shift(Patch):
         super().__init__(site)
         self.length = length
 
-    def around(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        by = 0 if self.listens else self.length
+    def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return _shifted(lambda ids: ids if self.listens else ids + self.length)(forward, *args, **kwargs)
+
+    def among(self, patches: Sequence[Patch | None]) -> Callable[..., Any]:
+        by = torch.tensor([[0 if p is None else p.length] for p in patches])  # (rows, 1)
+        return _shifted(lambda ids: ids + by.to(ids.device).repeat_interleave(max(1, len(ids) // len(by)), 0))  # a row's beams follow each other
+
+
+def _shifted(shift: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """An `around` for what reads position ids: they are its `position_ids`, or its last argument."""
+
+    def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("position_ids") is not None:
-            return forward(*args, **{**kwargs, "position_ids": kwargs["position_ids"] + by})
-        return forward(*args[:-1], args[-1] + by, **kwargs)
+            return forward(*args, **{**kwargs, "position_ids": shift(kwargs["position_ids"])})
+        return forward(*args[:-1], shift(args[-1]), **kwargs)
+
+    return around
