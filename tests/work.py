@@ -16,7 +16,7 @@ import tiny
 from paretune import processors, surgery, training
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.modifiers.schedule import Schedule
-from paretune.roles import Method, Trail
+from paretune.roles import Adapter, Examples, Method, Trail
 from paretune.errors import Incompatible
 from paretune.tasks import Rows, Task
 from paretune.tasks.kinds.classification import Classification
@@ -89,6 +89,13 @@ def ready(family: str, kind: str = "classification") -> nn.Module:
         model.config.id2label = dict(enumerate((*token_task().labels, "unused")))
     processors.put(model, processor(family))
     return model
+
+
+def decided(method: Method, family: str) -> Method:
+    """The method with what it leaves to the data decided on the family's task."""
+    if not isinstance(method, Adapter) or type(method).chosen is Adapter.chosen:
+        return method
+    return method.chosen(ready(family), Examples(task(family), processor(family)))[0]
 
 
 def prepared(method: Method, family: str, kind: str = "classification") -> nn.Module:

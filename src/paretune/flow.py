@@ -63,7 +63,9 @@ def processor(model: nn.Module) -> Any:
     return surgery.state(model).processor
 
 
-def adapt(model: nn.Module, methods: str | Method | Recipe, *, name: str = "default", on_top: bool = False, seed: int = 0) -> nn.Module:
+def adapt(
+    model: nn.Module, methods: str | Method | Recipe, *, name: str = "default", on_top: bool = False, seed: int = 0, task: Task | None = None
+) -> nn.Module:
     """Attaches the adapters of one phase; only they and the task's head learn from here on.
 
     Args:
@@ -72,12 +74,14 @@ def adapt(model: nn.Module, methods: str | Method | Recipe, *, name: str = "defa
         name: to switch, remove or route rows by.
         on_top: keep the adapters that are active now below the new ones.
         seed: of the adapters' initial values.
+        task: for an adapter that leaves a choice to the training split, such as surgical.
     """
     (phase,) = as_recipe(methods).check().phases
     head = all(m.head for m in phase if isinstance(m, Schedule))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        surgery.attach(model, [m for m in phase if isinstance(m, Adapter)], name=name, on_top=on_top, head=head)
+        adapters, _ = phases.decided(model, [m for m in phase if isinstance(m, Adapter)], task)
+        surgery.attach(model, adapters, name=name, on_top=on_top, head=head)
     return model
 
 

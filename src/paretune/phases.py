@@ -140,15 +140,23 @@ def _train(plan: Plan, k: int, model: nn.Module, work: Path) -> dict[str, Any]:
         report=(lambda info: report({**info, "phase": k, "phases": len(plan.recipe.phases)})) if report else None,
     )  # fmt: skip
     modifiers = [m for m in phase if isinstance(m, Modifier)]
+    found: dict[str, Any] = {}
     fitted: list[training.Fitted] = []
-    record = _metered(plan, lambda: fitted.append(training.fit(model, plan.task, schedule=schedule, modifiers=modifiers, settings=settings)))
+
+    def learn() -> None:
+        adapters, about = decided(model, [m for m in phase if isinstance(m, Adapter)], plan.task)
+        surgery.attach(model, adapters, name=f"phase_{k}", on_top=True, head=schedule.head)
+        found.update(about, **dict(zip(("trainable_parameters", "head_parameters"), surgery.count(model), strict=True)))
+        fitted.append(training.fit(model, plan.task, schedule=schedule, modifiers=modifiers, settings=settings))
+
+    record = _metered(plan, learn)
     each = training.flops_per_example(model, plan.task, schedule=schedule)
     surgery.freeze(model)
     surgery.settle(model)
     (fit,) = fitted
-    return record | {
-        "trainable_parameters": trainable, "head_parameters": in_head, "examples": fit.examples, "steps": fit.steps, "epochs": fit.epochs,
-        "best_epoch": fit.best_epoch, "dtype": fit.dtype, "attention": fit.attention, "train_flops": None if each is None else each * fit.examples,
+    return record | found | {
+        "examples": fit.examples, "steps": fit.steps, "epochs": fit.epochs, "best_epoch": fit.best_epoch, "dtype": fit.dtype,
+        "attention": fit.attention, "train_flops": None if each is None else each * fit.examples,
     }  # fmt: skip
 
 
@@ -159,6 +167,14 @@ def _shrunk(plan: Plan, model: nn.Module, method: Any) -> dict[str, Any]:
     record = _metered(plan, lambda: fitted.append(_fit(model, method, plan.task)))
     each = training.forward_flops(model, plan.task)
     return record | {"examples": fitted[0], "train_flops": None if each is None else each * fitted[0]}
+
+
+def decided(model: nn.Module, adapters: list[Adapter], task: Task | None) -> tuple[list[Adapter], dict[str, Any]]:
+    """The adapters with what they leave to the data decided on the training split; for the record, what was decided and found out."""
+    examples = Examples(task, surgery.state(model).processor) if task else None
+    pairs = [method.chosen(model, examples) for method in adapters]
+    methods, facts = [method for method, _ in pairs], {name: value for _, found in pairs for name, value in found.items()}
+    return methods, {} if methods == adapters else {"decided": spell((tuple(methods),)), "facts": facts}
 
 
 def _metered(plan: Plan, work: Callable[[], Any]) -> dict[str, Any]:

@@ -58,8 +58,9 @@ def _reason(act) -> str:
 
 def _adapter_lines(name: str) -> list[tuple[str, str, str]]:
     """(family, promise, reason) of every exclusion of one adapter."""
-    method, found = registry.get(name)(), []
+    found = []
     for family in tiny.FAMILIES:
+        method = work.decided(registry.get(name)(), family)
         reason = attach_reason(method, family)
         if reason:
             found.append((family, "attach", reason))

@@ -17,8 +17,10 @@ from paretune.roles import Adapter
 from paretune.seams import Selected
 import steps
 import tiny
+import work
 
 METHODS = [method for name in registry.names("adapter") for method in steps.variants(name)]
+PLAIN = [work.decided(method, "bert") for method in METHODS if not method.knobs()]  # each with its defaults
 
 
 def adapted(method: Adapter, family: str, *, head: bool = False, name: str = "default", dtype: torch.dtype = torch.float32):
@@ -32,7 +34,7 @@ def adapted(method: Adapter, family: str, *, head: bool = False, name: str = "de
 def cases() -> list[tuple[Adapter, str]]:
     """Defaults on every family; each other choice of a knob on one family in rotation."""
     turns = itertools.cycle(tiny.FAMILIES)
-    return [(method, family) for method in METHODS for family in ((next(turns),) if method.knobs() else tiny.FAMILIES)]
+    return [(work.decided(method, family), family) for method in METHODS for family in ((next(turns),) if method.knobs() else tiny.FAMILIES)]
 
 
 def refusal(method: Adapter, family: str) -> str:
@@ -204,7 +206,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, family):
 
 # Reentrant checkpoints pass no gradient through a block whose inputs ask for none (torch warns so), and transformers
 # lets only token embeddings ask for it; images and sound need the other kind, which is transformers' default.
-@pytest.mark.parametrize("method", [m for m in METHODS if not m.knobs()], ids=str)
+@pytest.mark.parametrize("method", PLAIN, ids=str)
 def test_reentrant_checkpointing_gives_the_same_gradients(method):
     _checkpointed(method, "bert", reentrant=True)
 
@@ -282,7 +284,7 @@ def test_a_deep_copy_is_equal_and_its_own(method, family):
     assert steps.same(steps.tensors(model), before) and torch.equal(steps.logits(model, family), wanted)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not m.knobs()], ids=str)
+@pytest.mark.parametrize("method", PLAIN, ids=str)
 def test_each_adapter_has_its_own_head(method):
     family = "bert"
     model = adapted(method, family, head=True, name="a")
@@ -299,7 +301,7 @@ def test_each_adapter_has_its_own_head(method):
     assert torch.equal(model.classifier.weight, of_b) and not torch.equal(of_a, of_b)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not m.knobs() and m.foldable], ids=str)
+@pytest.mark.parametrize("method", [m for m in PLAIN if m.foldable], ids=str)
 def test_the_trainer_of_transformers_takes_it(method, tmp_path):
     model = adapted(method, "bert", head=True)
     rows = [{"input_ids": [0, 5 + i, 2], "attention_mask": [1, 1, 1], "labels": i % 3} for i in range(6)]

@@ -34,7 +34,8 @@ def walk(recipe: Recipe, family: str) -> torch.nn.Module:
     torch.manual_seed(0)
     for k, phase in enumerate(recipe.phases, 1):
         if is_training(phase):
-            surgery.attach(model, [m for m in phase if isinstance(m, Adapter)], name=f"phase_{k}", on_top=True)
+            adapters, _ = phases.decided(model, [m for m in phase if isinstance(m, Adapter)], given)
+            surgery.attach(model, adapters, name=f"phase_{k}", on_top=True)
             before = {n: p.detach().clone() for n, p in steps.learning(model).items()}
             work.fitted(model, given, *(m for m in phase if isinstance(m, Modifier)), epochs=0.5, warmup=0.0)
             assert any(not torch.equal(p, before[n]) for n, p in steps.learning(model).items())
