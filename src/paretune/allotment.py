@@ -84,7 +84,7 @@ def _timed(plan: Plan, k: int) -> tuple[Schedule, float, float]:
     """(schedule, seconds per example of a step, of a forward pass) of the training phase at index k."""
     phase = plan.recipe.phases[k]
     schedule = next(m for m in phase if isinstance(m, Schedule))
-    model = backbones.load(plan.backbone, plan.task)
+    model = phases.first_model(plan)
     for (method,) in (p for p in plan.recipe.phases[:k] if not is_training(p)):
         if method.spelling() != "merge":
             phases.shrink(model, method, plan.task)

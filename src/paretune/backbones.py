@@ -16,9 +16,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from paretune import surgery
+from paretune import hub, surgery
 from paretune.errors import BackboneError
 from paretune.tasks import Task
+from paretune.tasks.kinds import kind_class
 
 # short name -> (package that carries it, folder in it, sha256 of its weights, hub id where the package is absent)
 PACKAGED = {
@@ -96,18 +97,19 @@ def _on_hub(name: str) -> Backbone:
     return Backbone(name, str(folder), folder.name, _hash(_weight_files(folder)))
 
 
-def load(backbone: Backbone, task: Task | None, *, seed: int = 0) -> PreTrainedModel:
+def load(backbone: Backbone, task: Task | None, *, seed: int = 0, speaks: bool = False) -> PreTrainedModel:
     """The model with the task's head, in evaluation mode; its processor travels with it.
 
-    The head is the checkpoint's where its labels match the task's, else made from the seed.
+    The head is the checkpoint's where its labels match the task's, else made from the seed. With `speaks`, the model is
+    opened as a language model, whose own words a readout will score.
 
     Raises:
         BackboneError: for a model that transformers cannot open for this task.
     """
     config, _ = PreTrainedConfig.get_config_dict(backbone.source)
-    auto = getattr(transformers, task.kind.auto_class_for(AutoConfig.from_pretrained(backbone.source)) if task else "AutoModel")
+    auto = getattr(transformers, auto_class(config, AutoConfig.from_pretrained(backbone.source), task=task, speaks=speaks))
     wanted = task.kind.config(task) if task else {}
-    same = task is not None and _has_head(config, task)
+    same = speaks or task is not None and _has_head(config, task)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -117,6 +119,13 @@ def load(backbone: Backbone, task: Task | None, *, seed: int = 0) -> PreTrainedM
             raise BackboneError(f"backbone {backbone.name!r} cannot be loaded for a {what}: {str(error).strip().splitlines()[0]}") from None
     travel(model, read_processor(backbone.source, config))
     return model.float().eval() if model.dtype in (torch.float16, torch.bfloat16) and not _packed(config) else model.eval()
+
+
+def auto_class(config: dict[str, Any], parsed: Any, *, task: Task | None, speaks: bool = False) -> str:
+    """The name of the transformers class that opens a checkpoint (its config as written, and parsed) for a task."""
+    if speaks or hub.speaks(config):
+        return kind_class("generation")().auto_class_for(parsed)
+    return task.kind.auto_class_for(parsed) if task else "AutoModel"
 
 
 def has_head(backbone: Backbone, task: Task) -> bool:
@@ -130,7 +139,7 @@ def _has_head(config: dict[str, Any], task: Task) -> bool:
         return True
     wanted = task.kind.config(task).get("id2label")
     given = {int(k): v for k, v in (config.get("id2label") or {}).items()}
-    return (config.get("architectures") or [""])[0].endswith(head) and (wanted is None or given == wanted)
+    return ((config.get("architectures") or [""])[0].endswith(head) or hub.speaks(config)) and (wanted is None or given == wanted)
 
 
 def _packed(config: dict[str, Any]) -> bool:

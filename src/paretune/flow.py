@@ -47,15 +47,17 @@ DEFAULT_RECIPES = (
 )
 
 
-def load(backbone: str, task: Task | None = None, *, seed: int = 0) -> nn.Module:
+def load(backbone: str, task: Task | None = None, *, seed: int = 0, readout: str | Method | None = None) -> nn.Module:
     """A plain transformers model with the task's head, in evaluation mode, ready to adapt.
 
     Args:
         backbone: a short name ("minilm"), a folder that save_pretrained wrote (adapters on it are restored), or a hub id.
         task: decides the head; without one the model has none.
         seed: of the head.
+        readout: the one that the model is opened for; `choices` and `in_context` need a language model in the place of a head.
     """
-    return backbones.load(backbones.find(backbone), task, seed=seed)
+    speaks = readout is not None and any(r.speaks for r in phases.readouts_of(as_recipe(readout)))
+    return backbones.load(backbones.find(backbone), task, seed=seed, speaks=speaks)
 
 
 def processor(model: nn.Module) -> Any:

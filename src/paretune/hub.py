@@ -44,6 +44,14 @@ def record(model: Any) -> dict[str, Any] | None:
             "patches": patches, "selected": selected, "packed": packed}  # fmt: skip
 
 
+def speaks(config: dict[str, Any]) -> bool:
+    """Does a saved config tell of a readout around the whole model, which answers in a language model's own words?"""
+    from paretune.seams import READOUT
+
+    about = config.get("quantization_config") or {}
+    return any(p["adapter"] == READOUT and not p["site"]["path"] for p in about.get("patches", []))
+
+
 def _short(rows: tuple[int, ...] | None) -> Any:
     """Rows as the config keeps them: a run of neighbors as its ends."""
     from paretune.seams import contiguous

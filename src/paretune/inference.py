@@ -34,7 +34,8 @@ def open_model(folder: str | Path, task: Task) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise store.StoreError(f"{folder} holds no model; give a run folder that `paretune run` wrote")
     with backbones.quiet():
-        auto = getattr(transformers, task.kind.auto_class_for(AutoConfig.from_pretrained(folder)))
+        config = AutoConfig.from_pretrained(folder)
+        auto = getattr(transformers, backbones.auto_class(config.to_dict(), config, task=task))
         model, info = auto.from_pretrained(folder, output_loading_info=True)
     wrong = {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}
     if wrong:

@@ -49,7 +49,7 @@ class ClassVectors(Readout):
         task, path = examples.task, last_map(model)
         if not task.kind.one_label:
             raise Incompatible(f"{self!r}: a class vector stands for the one label of a row, and {task.name} is a {task.kind.name} task")
-        if any(adapter != READOUT for adapter, _, _ in _patches(model, path)):
+        if any(adapter != READOUT for adapter, _, _ in patches(model, path)):
             raise Incompatible(f"{self!r}: {path} is adapted itself, and so reads no plain embedding; leave that adapter's wider features out")
         absent = set() if self.zero_shot else set(task.labels) - set(task.train.column(task.columns["label"]))
         if absent:
@@ -108,7 +108,8 @@ def last_map(model: nn.Module) -> str:
     return maps[-1]
 
 
-def _patches(model: nn.Module, path: str) -> list[tuple[str, str, Patch]]:
+def patches(model: nn.Module, path: str) -> list[tuple[str, str, Patch]]:
+    """(adapter, method key, patch) of what works at a module."""
     seam = seams.seam_of(model.get_submodule(path))
     return [] if seam is None else [(a, k, p) for a, k, p in seam.patches() if not isinstance(p, seams.Selected)]
 
@@ -140,7 +141,7 @@ def write(model: nn.Module, weight: Tensor, *, bias: Tensor | None, readout: Rea
 
 
 def _offset(model: nn.Module, path: str) -> Patch | None:
-    return next((p for _, _, p in _patches(model, path) if isinstance(p, Offset)), None)
+    return next((p for _, _, p in patches(model, path) if isinstance(p, Offset)), None)
 
 
 def add_class(model: nn.Module, name: str, *, texts: Sequence[str], readout: ClassVectors | None = None) -> nn.Module:

@@ -84,6 +84,7 @@ class Recipe:
             for method in phase:
                 _check_models(method, k)
                 try:
+                    _check_words(method, trail.readout)
                     trail = method.follow(trail)
                 except Incompatible as error:
                     raise Incompatible(f"{self}: {error}" if str(self) not in str(error) else str(error)) from None
@@ -123,6 +124,11 @@ def _check_phase(phase: Phase) -> None:
     twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
     if twice:
         raise Incompatible(f"{text}: {twice.spelling()} stands twice in one phase; keep one")
+
+
+def _check_words(method: Method, readout: Readout | None) -> None:
+    if isinstance(method, Transform) and method.needs_processor and readout is not None and readout.speaks:
+        raise Incompatible(f"{readout!r} keeps its prompt and its words in the tokenizer's numbers, which {method!r} would outdate; put {method!r} before it")
 
 
 def _check_models(method: Method, k: int) -> None:

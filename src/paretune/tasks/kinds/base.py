@@ -154,8 +154,18 @@ class Kind:
         return {k: v for k, v in batch.items() if k != "labels"}
 
     def loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """The summed fp32 loss, and the count it is to be divided by; both add up over micro-batches."""
+        """The summed fp32 loss, and the count it is to be divided by; both add up over micro-batches.
+
+        A language model that ranks answers (`ranking.Scores`) learns to write the right one: L_LM = −β of it.
+        """
+        ranked = getattr(outputs, "normalized", None)  # β (B, answers)
+        if ranked is not None:
+            return torch.nn.functional.nll_loss(ranked, batch["labels"], reduction="sum"), len(batch["labels"])
         return torch.nn.functional.cross_entropy(outputs.logits.float(), batch["labels"], reduction="sum"), len(batch["labels"])
+
+    def answered(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """For each example the logits (targets, C) that the loss compares with its labels."""
+        return list(outputs.logits[:, None])
 
     def predict(self, model: Any, batch: Mapping[str, torch.Tensor], *, outputs: Any, processor: Any = None) -> list[Any]:
         """One prediction per example; class probabilities by default. `outputs` are those of `model(**inputs(batch))`."""
@@ -304,6 +314,11 @@ def _filler(name: str, processor: Any) -> int:
     if name == "input_ids":
         return pad_id(processor)
     return processor.pad_token_type_id if name == "token_type_ids" else 0
+
+
+def labeled(logits: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+    """For each row of logits (B, T, C) and labels (B, T) the logits at the positions that have a label."""
+    return [row[marks != IGNORED] for row, marks in zip(logits, labels, strict=True)]
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
