@@ -176,8 +176,10 @@ def test_texts_that_cannot_be():
         adapted(start)
     with pytest.raises(Incompatible, match="needs a text model with its tokenizer"):
         adapted(start, "vit", processor=work.processor("vit"))
+    model = work.ready("bert")
     with pytest.raises(Incompatible, match="finds no token"):
-        adapted(Prefix(reparametrize="none", text=" "), processor=tiny.tokenizer())
+        surgery.attach(model, [Prefix(reparametrize="none", text=" ")])
+    assert steps.same(steps.tensors(model), steps.tensors(steps.model("bert")))
     assert parse(repr(start)).phases == ((start,),)
 
 

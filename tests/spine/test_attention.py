@@ -155,7 +155,8 @@ def test_a_cache_changes_no_token_and_beams_neither(family, implementation):
 def test_a_later_token_and_padding_change_nothing_before(family):
     model = prefixed(family, "masked" if family == "bert" else "causal")
     given = tiny.inputs(family, batch=1, length=6)
-    longer = {"input_ids": torch.cat([given["input_ids"], torch.full((1, 3), 9)], 1), "attention_mask": torch.cat([given["attention_mask"], torch.zeros(1, 3).long()], 1)}
+    behind = {"input_ids": torch.full((1, 3), 9), "attention_mask": torch.zeros(1, 3).long()}
+    longer = {n: torch.cat([t, behind[n]], 1) for n, t in given.items()}
     torch.testing.assert_close(steps_logits(model, longer)[:, :6], steps_logits(model, given), rtol=1e-4, atol=1e-5)
     if family != "bert":
         longer["attention_mask"] = torch.ones(1, 9).long()

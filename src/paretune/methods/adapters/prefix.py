@@ -66,8 +66,8 @@ class Prefix(Adapter):
         return self.zero_start
 
     def sites(self, model: nn.Module) -> list[Site]:
-        if self.text and not (anatomy.embeddings(model).tokens and hasattr(processors.get(model), "tokenize")):
-            raise Incompatible(f"{self!r}: a start from text needs a text model with its tokenizer; set it with paretune.processors.put, or leave text out")
+        if self.text:
+            self._ids(model)  # refuses what cannot be, before anything has changed
         return attention.sites(model, self.targets, asked_by=repr(self)) + (self._shifts(model) if self.positions == "shifted" else [])
 
     def _shifts(self, model: nn.Module) -> list[Site]:
@@ -88,14 +88,21 @@ class Prefix(Adapter):
     def patch(self, site: Site) -> Patch:
         return Shift(site, self.length) if site.place == "positions" else KeysAndValues(site, self)
 
+    def _ids(self, model: nn.Module) -> Tensor:
+        """The text's tokens, repeated or cut to the length: (1, P)."""
+        tokenizer = processors.get(model)
+        if anatomy.embeddings(model).tokens is None or not hasattr(tokenizer, "tokenize"):
+            raise Incompatible(f"{self!r}: a start from text needs a text model with its tokenizer; set it with paretune.processors.put, or leave text out")
+        ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise Incompatible(f"{self!r}: the tokenizer finds no token in this text; give a text with words")
+        return torch.tensor([(ids * self.length)[: self.length]])
+
     @torch.no_grad()
     def start(self, model: nn.Module, patches: list[Patch]) -> None:
         if not self.text:
             return
-        ids = processors.get(model)(self.text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise Incompatible(f"{self!r}: the tokenizer finds no token in this text; give a text with words")
-        row = torch.tensor([(ids * self.length)[: self.length]], device=next(model.parameters()).device)
+        row = self._ids(model).to(next(model.parameters()).device)
         decoder = {"decoder_input_ids": row} if {layer.stack for layer in anatomy.layers(model)} == {"encoder", "decoder"} else {}
         was_training = model.training
         for patch in patches:
