@@ -307,6 +307,8 @@ def _refuse_tied(model: nn.Module) -> None:
         owners.setdefault(id(parameter), []).append(name)
     for path, module, seam in seams_of(model):
         if any(not isinstance(p, Selected) and not p.wraps for _, _, p in seam.patches()) and isinstance(getattr(module, "weight", None), Tensor):
+            if getattr(module, "paretune_fixed", False):
+                raise Incompatible(f"merge: {module.packed_by} has fixed the form of the weight of {path}, which a sum would not keep; leave merge out")
             shared = owners.get(id(module.weight), [])
             if len(shared) > 1:
                 raise Incompatible(
@@ -366,6 +368,8 @@ def replace(model: nn.Module, path: str, new: nn.Module) -> None:
         seams.close_seam(old)
         seams.open_seam(new, working=works)
         new._modules[CHILD] = seam
+    if "resized" in old.__dict__:  # the sizes that the config does not say
+        new.__dict__["resized"] = {**old.__dict__["resized"], **new.__dict__.get("resized", {})}
     new.train(old.training)
     setattr(model.get_submodule(parent), child, new)
     hub.refresh(model)
@@ -388,8 +392,8 @@ def moved(model: nn.Module, prefixes: dict[str, str]) -> None:
     """Tells the patches that modules have new paths (old prefix -> new prefix), after layers were dropped."""
 
     def new(path: str) -> str:
-        prefix = next((p for p in prefixes if path.startswith(p)), None)
-        return path if prefix is None else prefixes[prefix] + path[len(prefix) :]
+        prefix = next((p for p in prefixes if f"{path}.".startswith(p)), None)
+        return path if prefix is None else (prefixes[prefix] + path[len(prefix) :]).removesuffix(".")
 
     for _, _, seam in seams_of(model):
         seam.captures = tuple((a, ">".join(map(new, key.split(">")))) for a, key in seam.captures)

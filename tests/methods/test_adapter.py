@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
+import paretune  # noqa: F401 - lets transformers open our folders
 import steps
 from paretune import anatomy, surgery
 from paretune.methods.adapters.adapter import Adapter
+from paretune.methods.transforms.keep_layers import KeepLayers
+from paretune.phases import shrink
 from paretune.recipe import parse
 
 
@@ -46,6 +50,41 @@ def test_parallel_reads_the_input_of_the_feed_forward():
     (site,) = [s for s in anatomy.resolve(model, "ffn_block") if s.layer == 0]
     patch = model.get_submodule(site.path).paretune.default.adapter
     torch.testing.assert_close(seen["y"], seen["plain"] + 4 * bottleneck(patch, seen["x"], F.relu).mT)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
+def test_lin_s_reads_a_layer_s_output_through_a_norm_of_its_own(family):
+    model, seen = adapted(family, form="lin", activation="relu", norms=False), []
+    steps.disturb(model)
+    refs = anatomy.layers(model)
+    patches = [model.get_submodule(ref.path).paretune.default.adapter for ref in refs]
+    for patch in patches:
+        patch.register_forward_hook(lambda patch, args, out: seen.append((patch, args[1], out)))
+    steps.logits(model, family)
+    assert [patch for patch, _, _ in seen] == patches
+    for patch, y, out in seen:
+        normed = F.layer_norm(y, (16,), patch.norm.weight, patch.norm.bias)
+        torch.testing.assert_close(out, y + bottleneck(patch, normed, F.relu).mT)
+
+
+@pytest.mark.parametrize("m, count", [(6, 368_784), (224, 11_089_152)])
+def test_lin_s_published_counts_on_gpt2_medium(m, count):
+    """Hu et al. 2021, table 3: 0.37M and 11.09M."""
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=1024, n_layer=24, n_head=16))
+    surgery.attach(model, [Adapter(bottleneck=m, form="lin", norms=False)])
+    assert surgery.count(model) == (count, 0)
+
+
+def test_lin_s_moves_with_its_layer(tmp_path):
+    model = adapted(form="lin")
+    steps.disturb(model)
+    surgery.settle(model)
+    shrink(model, KeepLayers("1"))
+    wanted = steps.logits(model, "bert")
+    assert [p.site.path for _, _, seam in surgery.seams_of(model) for _, _, p in seam.patches()] == [ref.path for ref in anatomy.layers(model)]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(steps.logits(type(model).from_pretrained(tmp_path), "bert"), wanted)
 
 
 @pytest.mark.parametrize("form, each", [("houlsby", 2), ("pfeiffer", 1), ("parallel", 1)])

@@ -2,9 +2,10 @@
 
     sequential   y ← y + s · U σ(D y)            houlsby: after attention and feed-forward; pfeiffer: after feed-forward
     parallel     y ← y + s · U σ(D x)            beside the feed-forward, x its input
+    lin          y ← y + s · U σ(D LN(y))        after a whole layer, with a layer norm of its own
 
 D (m, d) and U (d, m) have biases; U starts at zero. Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020,
-arXiv:2005.00247; parallel: He et al. 2021, arXiv:2110.04366, equations 4 and 8.
+arXiv:2005.00247; parallel: He et al. 2021, arXiv:2110.04366, equations 4 and 8; lin: Lin et al. 2020, arXiv:2004.03829.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from paretune.card import Card, knob
 from paretune.roles import Adapter as AdapterRole
 from paretune.seams import Patch, openness
 
-PLACES = {"houlsby": "attention_block ffn_block", "pfeiffer": "ffn_block", "parallel": "ffn_block"}
+PLACES = {"houlsby": "attention_block ffn_block", "pfeiffer": "ffn_block", "parallel": "ffn_block"}  # lin: each layer
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
@@ -45,13 +46,16 @@ class Adapter(AdapterRole):
     additive = True
 
     bottleneck: int = knob(64, "width m of the bottleneck", low=1, search="8..128 log")
-    form: str = knob("houlsby", "where the bottlenecks sit", choices=("houlsby", "pfeiffer", "parallel"))
+    form: str = knob("houlsby", "where the bottlenecks sit", choices=("houlsby", "pfeiffer", "parallel", "lin"))
     activation: str = knob("gelu", "σ", choices=("relu", "gelu", "silu"))
     scale: float = knob(1.0, "s", low=0.0)
     norms: bool = knob(True, "train the layer norms too, as Houlsby et al. do")
     gate: bool = knob(False, "a trained gate σ(w·x + b) for each bottleneck and token, as UniPELT has it")
 
     def sites(self, model: nn.Module) -> list[Site]:
+        if self.form == "lin":
+            width = model.config.hidden_size
+            return [Site("layer", ref.path, ref.index, ref.stack, in_features=width, out_features=width) for ref in anatomy.layers(model)]
         sites = anatomy.resolve(model, PLACES[self.form])
         return sites if self.form == "parallel" else [dataclasses.replace(site, source=None) for site in sites]
 
@@ -74,11 +78,15 @@ class Bottleneck(Patch):
         nn.init.normal_(self.down.weight, std=0.01)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
+        if knobs.form == "lin":
+            self.norm = nn.LayerNorm(site.in_features)
         if knobs.gate:
             self.gate = nn.Parameter(torch.zeros(site.in_features + 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         source = (x if self.parallel else y).to(self.down.weight.dtype)
+        if "norm" in self._modules:
+            source = self.norm(source)
         update: Tensor = self.up(self.sigma(self.down(source)))  # (B, T, d) -> (B, T, m) -> (B, T, d)
         if "gate" in self._parameters:
             update = openness(source, self.gate) * update
