@@ -30,6 +30,9 @@ class Trail:
     attached: tuple[Adapter, ...] = ()  # adapters on the model, frozen after their phase
     weights: str = "float"  # the format of the linear weights: "float", or what a transform left ("int8", "bf16")
     by: str = ""  # the spelling of the transform that left it
+    fixed: str = ""  # the spelling of a transform that left zeros or thin factors, which no sum may fill
+    carries: bool = False  # do weights of that format pass gradients on to adapters, as a frozen base?
+    embeddings: str = "float"  # the format of the token embedding, where a transform packed it
     readout: Readout | None = None  # how the answer is read, where that is not a trained head
 
     def replace(self, **changes: Any) -> Trail:
@@ -105,7 +108,7 @@ class Adapter(Method):
     reweighs: ClassVar[bool] = False  # does the model compute with changed weights, so that they must stay as they are?
 
     def follow(self, trail: Trail) -> Trail:
-        if trail.weights != "float":
+        if trail.weights != "float" and not (trail.carries and not (self.selects or self.reweighs)):
             raise Incompatible(
                 f"{trail.by} | {self!r}: {self.spelling()} needs float weights to train on, and {trail.by} left {trail.weights}; "
                 f"put {trail.by} after it"
@@ -183,6 +186,10 @@ class Modifier(Method):
         if self.ranks and trail.readout is not None and not trail.readout.speaks:
             raise Incompatible(f"{self!r}: it compares answers in a language model's own words, and {trail.readout!r} reads a head; use choices in its place")
         return trail
+
+    def models(self) -> list[tuple[After | str, bool]]:
+        """The models that it reads beside the one that learns, `@k`, folders or hub ids; and whether it asks for their answers."""
+        return []
 
     def events(self, loop: Loop) -> Events:
         """The handlers of this modifier for one training phase; they may hold state, the method may not."""

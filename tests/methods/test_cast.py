@@ -74,7 +74,7 @@ def test_an_adapter_keeps_fp32_and_is_saved_with_it(tmp_path):
         assert torch.equal(AutoModelForSequenceClassification.from_pretrained(tmp_path)(**inputs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("text", ["cast | lora", "cast | cast", "full | cast | int8", 'cast(dtype="fp16") | full'])
+@pytest.mark.parametrize("text", ["cast | lora", "cast | cast", "full | int8 | cast", 'cast(dtype="fp16") | full'])
 def test_recipes_that_need_float_weights(text):
     with pytest.raises(Incompatible):
         parse(text)

@@ -19,12 +19,14 @@ from paretune import surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.transforms import int8
-from paretune.methods.transforms.int8 import Int8, Int8Embedding, Int8Linear, quantize
+from paretune.methods.transforms.int8 import Int8
+from paretune.numerics import absmax
+from paretune.packed import PackedEmbedding, PackedLinear
 from paretune.recipe import parse
 
 
 def packed(linear):
-    made = Int8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    made = Int8().empty(linear)
     made.pack(linear)
     return made
 
@@ -44,7 +46,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes():
     weight = torch.randn(20, 33) * 0.02
     weight[3] = 0
     theirs, largest, _ = functional.int8_vectorwise_quant(weight)
-    codes, scales = quantize(weight)
+    codes, scales = absmax(weight)
     assert torch.equal(codes, theirs)
     torch.testing.assert_close(scales * 127, largest)
 
@@ -52,7 +54,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes():
 def test_codes_by_the_equation():
     weight = torch.randn(20, 33) * 0.02
     weight[3] = 0
-    codes, scales = quantize(weight)
+    codes, scales = absmax(weight)
     w = weight.double().numpy()
     s = numpy.abs(w).max(1) / 127
     assert numpy.allclose(scales, s, rtol=1e-6) and (codes[3] == 0).all() and scales[3] == 0
@@ -137,7 +139,7 @@ def test_saved_and_loaded_is_the_same(family, tmp_path):
     auto = transformers.AutoModelForImageClassification if family == "vit" else AutoModelForSequenceClassification
     loaded = auto.from_pretrained(tmp_path)
     assert torch.equal(run(loaded, inputs), wanted)
-    assert any(isinstance(m, Int8Linear) for m in loaded.modules())
+    assert any(isinstance(m, PackedLinear) for m in loaded.modules())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(run(twin, inputs), wanted)
     tensors = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -171,14 +173,14 @@ def test_fused_transposed_weights():
     Int8().apply(model)
     new = model.transformer.h[0].attn.c_attn
     assert (new.in_features, new.out_features) == (16, 48)
-    assert torch.equal(new.weight.view(48, 16), quantize(fused.weight.T)[0])
+    assert torch.equal(new.weight.view(48, 16), absmax(fused.weight.T)[0])
 
 
 def test_tied_weights_stay_float_and_generation_works(tmp_path):
     for tied in (True, False):
         model = tiny.model("llama", "causal", config={"tie_word_embeddings": tied})
         Int8().apply(model)
-        assert isinstance(model.lm_head, nn.Linear) is tied and isinstance(model.model.embed_tokens, Int8Embedding) is not tied
+        assert isinstance(model.lm_head, nn.Linear) is tied and isinstance(model.model.embed_tokens, PackedEmbedding) is not tied
         ids = tiny.inputs("llama", batch=1)["input_ids"]
         wanted = model.generate(ids, max_new_tokens=4, do_sample=False)
         model.save_pretrained(tmp_path / str(tied))
@@ -204,7 +206,7 @@ def test_an_attached_adapter_works_on_packed_maps(family, tmp_path):
     torch.testing.assert_close(run(model, inputs), backbone_only)
 
 
-@pytest.mark.parametrize("text", ["int8 | lora", "int8 | int8", "cast | int8", "int8 | head"])
+@pytest.mark.parametrize("text", ["int8 | lora", "int8 | int8", "int8 | cast", "int8 | head", "dora | int8"])
 def test_recipes_that_are_refused(text):
     with pytest.raises(Incompatible):
         parse(text)

@@ -71,7 +71,7 @@ def layer_lists(model: nn.Module) -> list[LayerList]:
 def is_linear(module: nn.Module) -> bool:
     """Is it a linear map: nn.Linear, transformers' Conv1D, or a module that says so by `paretune_linear = True`?
 
-    Such a module has `in_features`, `out_features` and a `weight` of shape (out, in).
+    Such a module has `in_features`, `out_features`, and a `weight` of shape (out, in) or `dequantized()`, which gives one.
     """
     return isinstance(module, nn.Linear | Conv1D) or getattr(module, "paretune_linear", False) is True
 
@@ -82,7 +82,9 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def weight(module: nn.Module) -> Tensor:
-    """The weight of a linear map as (out, in): a view, so that writing to it writes to the module."""
+    """The weight of a linear map as (out, in): a view, so that writing to it writes to the module; of a packed map, what its codes stand for."""
+    if hasattr(module, "dequantized"):
+        return module.dequantized()
     return module.weight.T if is_transposed(module) else module.weight
 
 

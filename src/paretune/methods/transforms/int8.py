@@ -1,10 +1,12 @@
-"""Dynamic int8 quantization: linear maps multiply in 8-bit integers, embeddings are stored in 8 bits.
+"""int8 quantization: linear maps multiply in 8-bit integers, embeddings are stored in 8 bits.
 
     w_oi ≈ s_o q_oi,         s_o = max_i |w_oi| / 127,          q = round(w / s)            per output channel, once
-    x_i ≈ m + s u_i,         m = min x,  s = (max x − m) / 255,  u = round((x − m) / s)      per token, at every forward
+    x_i ≈ m + s u_i,         m = min x,  s = (max x − m) / 255,  u = round((x − m) / s)      per token at every forward, or
+                                                                                            per map, from training examples
     y_o = s · s_o Σ_i u_i q_oi + m · c_o + b_o,                  c_o = s_o Σ_i q_oi
 
 Jacob et al. 2017, arXiv:1712.05877 (integer arithmetic, equations 1 to 7); Zafrir et al. 2019, arXiv:1910.06188 (Q8BERT).
+The static ranges: Wu et al. 2020, arXiv:2004.09602, section 3.3 (minmax, percentile, entropy).
 """
 
 from __future__ import annotations
@@ -15,19 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from paretune import anatomy, surgery
+from paretune import ranges
+from paretune.calibration import unpadded
 from paretune.card import Card, knob
 from paretune.errors import Incompatible
-from paretune.roles import Examples, Trail, Transform
-from paretune.seams import CHILD, Adapted
-
-_TINY = torch.finfo(torch.float32).tiny
+from paretune.numerics import TINY, absmax, scaled
+from paretune.packed import Packed, PackedLinear, Packing
+from paretune.roles import Examples
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Int8(Transform):
+class Int8(Packing):
     """Packs the backbone's linear maps, and its token embedding, into int8 codes and fp32 scales."""
 
     card = Card(
@@ -47,164 +48,58 @@ class Int8(Transform):
     )
 
     embeddings: bool = knob(True, "store the token embedding in int8, too, with a scale per token")
+    mode: str = knob("dynamic", "where the range of a map's inputs comes from: each token, or training examples", choices=("dynamic", "static"))
+    calibration: str = knob("minmax", "static: the range from the examples' inputs", choices=("minmax", "percentile", "entropy"))
+    examples: int = knob(64, "static: how many training examples are read", low=1)
 
-    def follow(self, trail: Trail) -> Trail:
-        if trail.weights != "float":
-            raise Incompatible(f"{self!r}: {trail.by} left {trail.weights} weights, and int8 starts from float ones; keep one of the two")
-        inside = next((m for m in trail.attached if m.reweighs), None)
-        if inside is not None:
-            raise Incompatible(f"{self!r}: {inside!r} computes with the float weights that int8 packs; put merge before int8")
-        return trail.replace(weights="int8", by=self.spelling())
+    @property
+    def needs_examples(self) -> bool:  # type: ignore[override]
+        return self.mode == "static"
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        codes, scales = absmax(weight)
+        return {"weight": codes.flatten(), "scales": scales}
+
+    def decode(self, codes: dict[str, Tensor], shape: tuple[int, int], *, rows: slice | Tensor) -> Tensor:
+        return scaled(codes["weight"].view(shape)[rows], codes["scales"][rows])
+
+    def empty(self, module: nn.Module) -> Packed:
+        made = super().empty(module)
+        if self.mode == "static" and isinstance(made, PackedLinear):
+            made.register_buffer("range", torch.zeros(2, device=made.weight.device))
+        return made
 
     def apply(self, model: nn.Module, examples: Examples | None = None) -> nn.Module:
-        paths = packable(model, embeddings=self.embeddings)
-        if not paths:
-            raise Incompatible(f"{self!r}: {type(model).__name__} has no float linear map left to pack")
-        surgery.settle(model)
-        for path in paths:
-            module = model.get_submodule(path)
-            packed = self.empty(module)
-            packed.pack(module)
-            surgery.replace(model, path, packed)
-        surgery.freeze(model)  # codes cannot learn, and nothing else may without them
+        if self.mode == "static" and examples is None:
+            raise Incompatible(f"{self!r}: the ranges come from a task's training examples; give the task, or take mode=\"dynamic\"")
+        super().apply(model, examples)
+        if examples is not None and self.mode == "static":
+            batches = unpadded(model, examples, count=self.examples)
+            ranges.calibrate(model, batches, kind=examples.task.kind, rule=self.calibration)
         return model
 
-    def empty(self, module: nn.Module) -> nn.Module:
-        packed: Packed
-        if isinstance(module, nn.Embedding):
-            packed = Int8Embedding(module.num_embeddings, module.embedding_dim, device=module.weight.device)
-        else:
-            out_features, in_features = anatomy.weight(module).shape
-            packed = Int8Linear(in_features, out_features, bias=module.bias is not None, device=module.weight.device)
-        packed.packed_by = self.spell()
-        return packed
-
-
-def packable(model: nn.Module, *, embeddings: bool = True) -> list[str]:
-    """Paths of the modules that int8 packs: linear maps outside the task's head, and the token embedding.
-
-    The head stays float (it is small, each named adapter has its own, and at one row per example fp32 is faster), and so
-    does whatever shares its weight with another module, such as an output embedding tied to the input's.
-    """
-    outside = tuple(f"{path}." for path in anatomy.head(model))
-    owners: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    tokens = model.get_input_embeddings() if embeddings else None
-    return [
-        path
-        for path, module in model.named_modules()
-        if (_class_of(module) is nn.Linear or anatomy.is_transposed(module) or module is tokens and _is_plain_table(module))
-        and owners[id(module.weight)] == 1
-        and CHILD not in path.split(".")
-        and not f"{path}.".startswith(outside or ("\0",))
-    ]
-
-
-def _is_plain_table(module: nn.Module) -> bool:
-    return _class_of(module) is nn.Embedding and module.max_norm is None
-
-
-def _class_of(module: nn.Module) -> type:
-    """The module's own class, adapted or not; a subclass may read its weight in a way of its own and is left alone."""
-    return type(module).__bases__[1] if isinstance(module, Adapted) else type(module)
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (O, I) in −127..127 and scales (O,) of a weight (O, I): symmetric, per row; |w − s q| ≤ s / 2."""
-    weight = weight.detach().float()
-    scales = weight.abs().amax(1) / 127
-    codes = (weight / scales.clamp(min=_TINY)[:, None]).round()
-    return codes.to(torch.int8), scales
-
-
-class Packed(nn.Module):
-    """A weight (O, I) as flat codes and scales: flat, so that software that does not know it stops at the shape."""
-
-    packed_by: str
-    weight: Tensor  # (O·I,) int8
-    scales: Tensor  # (O,) fp32
-
-    def __init__(self, rows: int, columns: int, *, device: Any = None) -> None:
-        super().__init__()
-        self.shape = (rows, columns)
-        self.register_buffer("weight", torch.zeros(rows * columns, dtype=torch.int8, device=device))
-        self.register_buffer("scales", torch.zeros(rows, dtype=torch.float32, device=device))
-
-    def pack(self, module: nn.Module) -> None:
-        """Takes the values of a float module of the same shape."""
-        codes, scales = quantize(anatomy.weight(module))
-        self.weight, self.scales = codes.flatten(), scales
-
-    def dequantized(self) -> Tensor:
-        """The weight (O, I) that the codes stand for, in fp32."""
-        return self.weight.view(self.shape).float() * self.scales.float()[:, None]
-
-
-class Int8Embedding(Packed):
-    """Looks up rows of codes and scales them."""
-
-    def __init__(self, rows: int, columns: int, *, device: Any = None) -> None:
-        super().__init__(rows, columns, device=device)
-        self.num_embeddings, self.embedding_dim = rows, columns
-
-    def forward(self, ids: Tensor) -> Tensor:
-        codes = self.weight.view(self.shape)[ids]  # (B, T, D)
-        return codes.to(self.scales.dtype) * self.scales[ids][..., None]
-
-
-class Int8Linear(Packed):
-    """y = x Wᵀ + b in integers where the processor can; packed for its kernel at the first forward, never saved so."""
-
-    paretune_linear = True
-    bias: Tensor | None
-
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, device: Any = None) -> None:
-        super().__init__(out_features, in_features, device=device)
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
-        self._ready: tuple[Tensor, tuple[Tensor, ...]] | None = None
-
-    def pack(self, module: nn.Module) -> None:
-        super().pack(module)
-        self.bias = None if module.bias is None else module.bias.detach().float().clone()
-
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, module: PackedLinear, x: Tensor) -> Tensor:
         levels = levels_here() if x.device.type == "cpu" else 0
-        if not levels or x.requires_grad and torch.is_grad_enabled():  # the integer kernel has no gradient
-            return F.linear(x, self.dequantized().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        weight, scales, zeros, sums, bias = self._kernel()
+        if not levels:
+            return module.dequantized_product(x)
+        weight, scales, zeros, sums, bias = module.ready()
         given = x.dtype
         x = x if given is torch.float32 else x.float()  # (B, T, I)
-        low = x.amin(-1, True)  # (B, T, 1): a scale per token, so that no row of a batch changes another's result
-        scale = x.amax(-1, True).sub_(low).div_(levels).clamp_min_(_TINY)
-        codes = (x - low).div_(scale).add_(0.5).to(torch.uint8)  # (B, T, I): the conversion cuts off, so this rounds
-        y = _multiply(codes, weight, scales, zeros)  # (B, T, O)
+        fixed = getattr(module, "range", None)
+        static = fixed is not None and bool(fixed[1] > fixed[0])  # no range yet: examples are being read
+        low, high = (fixed.float() if static else (x.amin(-1, True), x.amax(-1, True)))  # (B, T, 1): no row of a batch changes another's result
+        scale = (high - low).div_(levels).clamp_min_(TINY)
+        codes = (x - low).div_(scale).add_(0.5)  # (B, T, I): the conversion cuts off, so this rounds
+        y = _multiply((codes.clamp_(0, levels) if static else codes).to(torch.uint8), weight, scales, zeros)  # (B, T, O)
         y = torch.addcmul(bias, y, scale, out=y).addcmul_(low, sums)  # in place: a fresh tensor of this size costs more than the sum
         return y if given is torch.float32 else y.to(given)
 
-    def _kernel(self) -> tuple[Tensor, ...]:
+    def prepare(self, module: PackedLinear) -> tuple[Tensor, ...]:
         """The weight as the kernel wants it, s_o, its zero points, c_o and b_o."""
-        if self._ready is None or self._ready[0] is not self._buffers["weight"]:
-            codes, scales = self.weight.view(self.shape), self.scales.float()
-            zeros = torch.zeros(self.out_features, dtype=torch.int32)
-            bias = torch.zeros(self.out_features) if self.bias is None else self.bias.float()
-            self._ready = self.weight, (torch.ops.onednn.qlinear_prepack(codes, None), scales, zeros, scales * codes.sum(1), bias)
-        return self._ready[1]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
-        self._ready = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._ready = None
-        super()._load_from_state_dict(*args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": None}  # the kernel's own layout can be neither copied nor pickled
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        codes, scales = module.weight.view(module.shape), module.scales.float()
+        zeros = torch.zeros(module.out_features, dtype=torch.int32)
+        bias = torch.zeros(module.out_features) if module.bias is None else module.bias.float()
+        return torch.ops.onednn.qlinear_prepack(codes, None), scales, zeros, scales * codes.sum(1), bias
 
 
 def _multiply(codes: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

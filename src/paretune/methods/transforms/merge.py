@@ -14,6 +14,8 @@ from torch import nn
 from paretune import surgery
 from paretune.card import Card
 from paretune.errors import Incompatible
+from paretune.methods.transforms.cast import Cast
+from paretune.packed import unpack
 from paretune.roles import Examples, Trail, Transform
 
 
@@ -28,7 +30,9 @@ class Merge(Transform):
         equation="W = W + ΔW",
         lowers="E",
         why="An inference computes W x once instead of W x and the adapter's share; afterwards adapters cannot be switched.",
-        note="Equal to the unmerged model within rounding: ΔW is added in fp32 and rounded to the weight's format.",
+        note="Equal to the unmerged model within rounding: ΔW is added in fp32 and rounded to the weight's format. On a packed base, such as "
+        "nf4 | lora | merge, the codes are dequantized first and the whole model is left in bf16, as large as cast makes it: W + ΔW lies on no "
+        "grid of codes. To have few bits again is a further phase, with its own error.",
     )
 
     def follow(self, trail: Trail) -> Trail:
@@ -37,10 +41,16 @@ class Merge(Transform):
         stuck = next((m for m in trail.attached if not m.foldable), None)
         if stuck is not None:
             raise Incompatible(f"merge: {stuck!r} is no change of the weights and cannot be folded; leave merge out, the model saves with it")
+        if trail.carries:
+            return trail.replace(attached=(), weights="bf16", by="merge", carries=False, embeddings="float")
         if trail.weights != "float":
             raise Incompatible(f"merge: {trail.by} left {trail.weights} weights, and a merge adds to float ones; put merge before {trail.by}")
+        filling = next((m for m in trail.attached if not m.selects), None)
+        if trail.fixed and filling is not None:
+            raise Incompatible(f"merge: {filling!r} would fill what {trail.fixed} left out of the weights; leave merge out, or put it before {trail.fixed}")
         return trail.replace(attached=())
 
     def apply(self, model: nn.Module, examples: Examples | None = None) -> nn.Module:
+        packed = unpack(model)
         surgery.merge(model)
-        return model
+        return Cast().apply(model) if packed else model

@@ -44,7 +44,7 @@ class Vocabulary(Transform):
     needs_processor = True
 
     def follow(self, trail: Trail) -> Trail:
-        if trail.weights == "int8":
+        if trail.embeddings != "float":
             raise Incompatible(f"vocabulary: {trail.by} has packed the embeddings; put vocabulary before {trail.by}")
         return trail
 

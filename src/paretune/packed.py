@@ -1,0 +1,238 @@
+"""Packed weights: one module for a linear map, one for an embedding, and the transform that puts them there.
+
+A format is a method file that says how a weight (O, I) becomes tensors of codes and scales (`encode`), and what weight those stand
+for (`decode`); where a kernel multiplies with the codes themselves, it says so in `multiply`. The rest is here. Codes are stored
+flat, so that software that does not know them stops at the shape.
+
+Gradients go through a packed map to its input, x ↦ Wᵀ ∂L/∂y with the W that the codes stand for, dequantized again in the backward
+pass and never kept, so that adapters learn on a base that stays small (Dettmers et al. 2023, arXiv:2305.14314, equation 5).
+
+Shapes: B rows, T positions, I and O features of a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from paretune import anatomy, surgery
+from paretune.errors import Incompatible
+from paretune.roles import Examples, Trail, Transform
+from paretune.seams import CHILD, base_of
+from paretune.weights import require_floats
+
+CHUNK = 2**22  # so many weights are dequantized at a time: 16 MB in fp32
+
+
+class Packing(Transform):
+    """A transform that packs linear maps, and with a knob `embeddings` the token embedding, into its format."""
+
+    carries: ClassVar[bool] = False  # may adapters be trained on what it packed?
+    embeddings: bool = False  # type: ignore[assignment]
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """The tensors, by name, that stand for a weight (O, I); their shapes and number formats depend on its shape alone."""
+        raise AssertionError(f"{self!r} does not say what its codes are")
+
+    def decode(self, codes: dict[str, Tensor], shape: tuple[int, int], *, rows: slice | Tensor) -> Tensor:
+        """These rows of the weight (O, I) that the tensors stand for, in fp32."""
+        raise AssertionError(f"{self!r} does not say what its codes stand for")
+
+    def multiply(self, module: PackedLinear, x: Tensor) -> Tensor:
+        """x (..., I) times the weight, plus the bias: (..., O) in the format of x."""
+        return module.dequantized_product(x)
+
+    def prepare(self, module: PackedLinear) -> Any:
+        """What `multiply` needs and the file does not hold, such as the layout of a kernel; made once, `module.ready()` gives it."""
+        return None
+
+    def follow(self, trail: Trail) -> Trail:
+        require_floats(self, trail)
+        name = self.spelling()
+        return trail.replace(weights=name, by=name, carries=self.carries, embeddings=name if self.embeddings else trail.embeddings)
+
+    def apply(self, model: nn.Module, examples: Examples | None = None) -> nn.Module:
+        paths = packable(model, embeddings=self.embeddings)
+        if not paths:
+            raise Incompatible(f"{self!r}: {type(model).__name__} has no float linear map left to pack")
+        surgery.settle(model)
+        for path in paths:
+            module = model.get_submodule(path)
+            packed = self.empty(module)
+            packed.pack(module)
+            surgery.replace(model, path, packed)
+        surgery.freeze(model)  # codes cannot learn, and nothing else may without them
+        return model
+
+    def empty(self, module: nn.Module) -> Packed:
+        return (PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear)(self, module)
+
+
+def packable(model: nn.Module, *, embeddings: bool = True) -> list[str]:
+    """Paths of the modules that a format packs: linear maps outside the task's head, and the token embedding.
+
+    The head stays float (it is small, each named adapter has its own, and at one row per example fp32 is faster), and so
+    does whatever shares its weight with another module, such as an output embedding tied to the input's.
+    """
+    outside = tuple(f"{path}." for path in anatomy.head(model))
+    owners: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    tokens = model.get_input_embeddings() if embeddings else None
+    return [
+        path
+        for path, module in model.named_modules()
+        if (base_of(module) is nn.Linear or anatomy.is_transposed(module) or module is tokens and _is_plain_table(module))
+        and owners[id(module.weight)] == 1
+        and CHILD not in path.split(".")
+        and not f"{path}.".startswith(outside or ("\0",))
+    ]
+
+
+def _is_plain_table(module: nn.Module) -> bool:
+    return base_of(module) is nn.Embedding and module.max_norm is None  # a subclass may read its weight in a way of its own
+
+
+def unpack(model: nn.Module) -> bool:
+    """Puts float maps with the dequantized weights in the place of packed ones; were there any?"""
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, Packed)]
+    for path, module in found:
+        surgery.replace(model, path, module.unpacked())
+    return bool(found)
+
+
+class Packed(nn.Module):
+    """A weight (O, I) as the tensors of a format."""
+
+    def __init__(self, method: Packing, module: nn.Module) -> None:
+        super().__init__()
+        self.method, self.packed_by = method, method.spell()
+        self.shape: tuple[int, int] = tuple(anatomy.weight(module).shape)  # type: ignore[assignment]
+        self.dtype = module.weight.dtype  # in which the module answers, where its input does not say
+        self._names: list[str] = []
+        self._hold(method.encode(torch.empty(self.shape, device="meta")), device=module.weight.device)
+        self._ready: tuple[Tensor, Any] | None = None
+
+    def _hold(self, tensors: dict[str, Tensor], *, device: torch.device | None = None) -> None:
+        self._names = list(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor if device is None else torch.zeros_like(tensor, device=device))
+
+    def pack(self, module: nn.Module) -> None:
+        """Takes the values of a float module of the same shape."""
+        self._hold(self.method.encode(anatomy.weight(module).detach()))
+
+    def codes(self) -> dict[str, Tensor]:
+        """The format's tensors by name."""
+        return {name: getattr(self, name) for name in self._names}
+
+    def dequantized(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """The weight (O, I) that the codes stand for, or some of its rows, in fp32."""
+        return self.method.decode(self.codes(), self.shape, rows=rows)
+
+    def ready(self) -> Any:
+        """What the format's `prepare` made of these codes; made again when they have changed, and never saved."""
+        if self._ready is None or self._ready[0] is not self._buffers["weight"]:
+            self._ready = self.weight, self.method.prepare(self)
+        return self._ready[1]
+
+    def unpacked(self) -> nn.Module:
+        """A float module in the place of this one."""
+        raise AssertionError(f"{type(self).__name__} has no float form")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        """Codes and scales move and keep their formats; what changes with `to(dtype)` is the format of the answers."""
+        self._ready = None
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(lambda t: moved if (moved := fn(t)).dtype == t.dtype or t is self._buffers.get("bias") else t.to(moved.device), recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._ready = None
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": None}  # a kernel's own layout can be neither copied nor pickled
+
+
+class PackedEmbedding(Packed):
+    """Looks up rows of codes and dequantizes them."""
+
+    def __init__(self, method: Packing, module: nn.Module) -> None:
+        super().__init__(method, module)
+        self.num_embeddings, self.embedding_dim = self.shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.dequantized(ids.flatten()).to(self.dtype).view(*ids.shape, -1)  # (B, T, D)
+
+    def unpacked(self) -> nn.Module:
+        return nn.Embedding(*self.shape, _weight=self.dequantized())
+
+
+class PackedLinear(Packed):
+    """y = x Wᵀ + b, by the format's kernel."""
+
+    paretune_linear = True
+    bias: Tensor | None
+
+    def __init__(self, method: Packing, module: nn.Module) -> None:
+        super().__init__(method, module)
+        self.out_features, self.in_features = self.shape
+        self.register_buffer("bias", None if module.bias is None else torch.zeros_like(module.bias))
+        self.watch: Callable[[Tensor], None] | None = None  # is shown every input, while examples are read
+
+    def pack(self, module: nn.Module) -> None:
+        super().pack(module)
+        self.bias = None if module.bias is None else module.bias.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x  # (B, T, I)
+        if self.watch is not None:
+            self.watch(x)
+        with torch.autocast(kind, enabled=False):
+            return _Through.apply(x, self) if x.requires_grad and torch.is_grad_enabled() else self.method.multiply(self, x)
+
+    def dequantized_product(self, x: Tensor) -> Tensor:
+        """y (..., O) by dequantizing a chunk of rows at a time and multiplying in the format of x, so that the peak stays small."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        parts = [F.linear(x, self.dequantized(rows).to(x.dtype), None if bias is None else bias[rows]) for rows in self._chunks()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def gradient(self, dy: Tensor) -> Tensor:
+        """∂L/∂x (..., I) = ∂L/∂y W, a chunk of rows at a time."""
+        dx = dy.new_zeros(*dy.shape[:-1], self.in_features)
+        for rows in self._chunks():
+            dx += dy[..., rows] @ self.dequantized(rows).to(dy.dtype)
+        return dx
+
+    def _chunks(self) -> Iterator[slice]:
+        step = max(1, CHUNK // self.in_features)
+        return (slice(start, min(start + step, self.out_features)) for start in range(0, self.out_features, step))
+
+    def unpacked(self) -> nn.Module:
+        made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        made.weight = nn.Parameter(self.dequantized(), requires_grad=False)
+        made.bias = None if self.bias is None else nn.Parameter(self.bias.float(), requires_grad=False)  # type: ignore[assignment]
+        return made
+
+    def extra_repr(self) -> str:
+        return f"{self.method!r}, in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class _Through(torch.autograd.Function):
+    """The format's product with the gradient of the dequantized weight; the codes are kept for it, not the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: PackedLinear) -> Tensor:
+        ctx.module = module
+        return module.method.multiply(module, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return ctx.module.gradient(dy), None
