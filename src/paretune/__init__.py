@@ -20,6 +20,7 @@ _HOME = {
     **dict.fromkeys(("add_class",), "readouts"),
     **dict.fromkeys(("Run",), "store"),
     **dict.fromkeys(("Front",), "pareto.front"),
+    **dict.fromkeys(("d90",), "pareto.intrinsic"),
     **dict.fromkeys(("ParetuneError", "Incompatible", "RecipeError", "TargetError", "DataError", "BackboneError"), "errors"),
     **dict.fromkeys(("StoreError", "BudgetError", "MeterError", "Diverged"), "errors"),
 }
