@@ -151,19 +151,33 @@ def test_a_cache_changes_no_token_and_beams_neither(family, implementation):
         assert torch.equal(row[-6:], one[0, -6:])
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_prompt_in_two_pieces_and_a_cache_of_fixed_size(family, implementation):
+    model = prefixed(family, "causal")
+    model.set_attn_implementation(implementation)
+    ids = tiny.inputs(family, batch=1, length=8)["input_ids"].expand(2, -1)
+    with torch.no_grad():
+        first = model(ids[:, :4], use_cache=True)
+        rest = model(ids[:, 4:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), logits(model, {"input_ids": ids}), rtol=1e-4, atol=1e-5)
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": tiny.PAD}
+    assert torch.equal(model.generate(ids, cache_implementation="static", disable_compile=True, **how), model.generate(ids, **how))
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_a_later_token_and_padding_change_nothing_before(family):
     model = prefixed(family, "masked" if family == "bert" else "causal")
     given = tiny.inputs(family, batch=1, length=6)
     behind = {"input_ids": torch.full((1, 3), 9), "attention_mask": torch.zeros(1, 3).long()}
     longer = {n: torch.cat([t, behind[n]], 1) for n, t in given.items()}
-    torch.testing.assert_close(steps_logits(model, longer)[:, :6], steps_logits(model, given), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model, longer)[:, :6], logits(model, given), rtol=1e-4, atol=1e-5)
     if family != "bert":
         longer["attention_mask"] = torch.ones(1, 9).long()
-        torch.testing.assert_close(steps_logits(model, longer)[:, :6], steps_logits(model, given), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits(model, longer)[:, :6], logits(model, given), rtol=1e-4, atol=1e-5)
 
 
-def steps_logits(model, given):
+def logits(model, given):
     with torch.no_grad():
         return model(**given).logits
 
