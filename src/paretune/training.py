@@ -1,7 +1,7 @@
 """The one training loop, on accelerate, with named events that modifiers hook; and evaluation.
 
 Order of the events in one phase:
-    for each epoch: indices -> for each step: inputs -> loss -> before_step -> after_step -> epoch_ends
+    pace -> for each epoch: indices -> plan -> for each step: inputs -> loss -> before_step -> after_step -> epoch_ends -> score
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from paretune import batches, checkpoints, probe, seams, surgery, virtual_tokens
 from paretune.errors import Diverged
+from paretune.events import Events
 from paretune.meters import flops
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.roles import Modifier
@@ -26,38 +27,6 @@ from paretune.tasks import Task, score
 
 LEAST_HEAD_LR = 1e-3  # a fresh head learns nothing at the small rates that suit pretrained weights
 WATCHED = 256  # validation examples scored after each epoch; a run's own validation score is over all of them
-
-
-class Events:
-    """What a modifier may do in a training phase; each handler is a no-op until overridden."""
-
-    def indices(self, epoch: int, n: int, *, generator: torch.Generator) -> Sequence[int] | None:
-        """Which of the n training examples this epoch visits; None is all."""
-        return None
-
-    def inputs(self, loop: Loop, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch as the model shall see it."""
-        return batch
-
-    def loss(self, loop: Loop, batch: dict[str, Tensor], *, outputs: Any, loss: Tensor) -> Tensor:
-        """The loss (summed over the batch's targets) with this modifier's share."""
-        return loss
-
-    def before_step(self, loop: Loop) -> None:
-        """Gradients are there, clipped; the parameters have not moved."""
-
-    def after_step(self, loop: Loop) -> None:
-        """The parameters have moved."""
-
-    def epoch_ends(self, loop: Loop) -> None:
-        """All steps of an epoch are done."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that a resumed training needs."""
-        return {}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes back what `state` gave."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +39,7 @@ class Settings:
     checkpoint_every_s: float = 30.0
     report: Callable[[dict[str, Any]], None] | None = None  # gets epoch, step, steps, loss, examples_per_s
     name: str = "this recipe"  # how an error calls the training
+    after: Callable[[int], nn.Module] | None = None  # opens `@k`; None outside a recipe
 
 
 @dataclasses.dataclass
@@ -117,6 +87,7 @@ class Loop:
         self.lengths = [task.kind.length(e) for e in self.encodings]
         self.optimizer = _optimizer(self.parameters, schedule, surgery.in_head(model))
         self.epoch = self.step = self.examples = 0
+        self.indices: list[int] = []  # the training examples of the batch that is at work
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] | None = None
         self.best_epoch = -1
@@ -125,6 +96,8 @@ class Loop:
         """All epochs, from the start or from the newest checkpoint."""
         was_training = self.model.training
         self.pace = probe.choose(self.model, self.task.kind, batch=self._probe_batch(), schedule=self.schedule)
+        for events in self.events:
+            self.pace = events.pace(self, self.pace)
         sizes = [len(self._visited(e) or self.encodings) for e in range(self._epochs)]
         self.per_epoch = [batches.steps(n, self.schedule.batch, share=min(1.0, self.schedule.epochs - e)) for e, n in enumerate(sizes)]
         self.total = sum(self.per_epoch)
@@ -152,6 +125,15 @@ class Loop:
         start = max(0, len(middle) // 2 - self.schedule.batch // 2)
         return self._collate(middle[start : start + self.schedule.batch])
 
+    def _plan(self) -> list[list[int]]:
+        visited, steps = self._visited(self.epoch), self.per_epoch[self.epoch]
+        for events in self.events:
+            plan = events.plan(self, range(len(self.encodings)) if visited is None else visited, steps=steps)
+            if plan is not None:
+                return plan
+        random = batches.generator(self.settings.seed, self.epoch)
+        return batches.epoch_batches(self.lengths, visited, batch=self.schedule.batch, random=random)[:steps]
+
     def _visited(self, epoch: int) -> Sequence[int] | None:
         visited: Sequence[int] | None = None
         for events in self.events:
@@ -161,8 +143,7 @@ class Loop:
         return visited
 
     def _run_epoch(self, skip: int) -> None:
-        random = batches.generator(self.settings.seed, self.epoch)
-        plan = batches.epoch_batches(self.lengths, self._visited(self.epoch), batch=self.schedule.batch, random=random)[: self.per_epoch[self.epoch]]
+        plan = self._plan()
         self.model.train()
         if not skip:
             self.epoch_loss, self.epoch_targets, self.epoch_examples = 0.0, 0, 0
@@ -181,6 +162,7 @@ class Loop:
         losses, targets = 0.0, 0
         micro = [mine[i : i + size] for i in range(0, len(mine), size)]
         for part in micro:
+            self.indices = part
             loss, count = self.loss(self._collate(part))
             self.accelerator.backward(loss / count if len(micro) == 1 and self.accelerator.num_processes == 1 else loss)
             losses, targets = losses + float(loss.detach()), targets + count
@@ -210,6 +192,11 @@ class Loop:
         for events in self.events:
             loss = events.loss(self, batch, outputs=outputs, loss=loss)
         return loss, count
+
+    def learn(self, name: str, parameter: nn.Parameter) -> None:
+        """Lets a modifier's own parameter learn along: trained and in checkpoints like the model's, and not a part of the model."""
+        self.parameters[name] = parameter
+        self.optimizer.add_param_group({"params": [parameter], "weight_decay": self.schedule.weight_decay, "share": 1.0})
 
     def _over_processes(self, losses: float, targets: int) -> tuple[float, int]:
         if self.accelerator.num_processes == 1:
@@ -261,6 +248,9 @@ class Loop:
         return score < than if self.task.better == "lower" else score > than
 
     def _validate(self) -> float:
+        own = next((found for events in self.events if (found := events.score(self)) is not None), None)
+        if own is not None:
+            return own
         watched = self.task.validation[:WATCHED]
         return score(self.task, predict(self.model, self.task, rows=watched, pace=self.pace), rows=watched)
 
@@ -272,7 +262,11 @@ class Loop:
                                   "loss": self.epoch_loss / max(1, self.epoch_targets), "examples_per_s": rate, "left_s": left})  # fmt: skip
 
     def _collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        return _to_device(self.task.kind.collate([self.encodings[i] for i in indices], _processor(self.model)), self.accelerator.device)
+        return self.collate([self.encodings[i] for i in indices])
+
+    def collate(self, encodings: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch of encodings on the device."""
+        return _to_device(self.task.kind.collate(encodings, _processor(self.model)), self.accelerator.device)
 
 
 def predict(model: nn.Module, task: Task, *, rows: Any, pace: probe.Pace | None = None, batch: int = 64) -> list[Any]:
