@@ -36,12 +36,13 @@ def record(model: Any) -> dict[str, Any] | None:
                 form = {"settled": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in patch.named_buffers()}} if patch.settled else {}
                 patches.append({"adapter": adapter, "key": key, "method": patch.method.spell(), "site": site, **form})
     packed = [{"path": p, "method": m.packed_by} for p, m in model.named_modules() if hasattr(m, "packed_by")]
-    if not (patches or selected or packed):
+    resized = [{"path": p, "sizes": m.__dict__["resized"]} for p, m in model.named_modules() if "resized" in m.__dict__]
+    if not (patches or selected or packed or resized):
         return None
     here = surgery.state(model)
     adapters = {name: [m.spell() for m in methods] for name, methods in here.adapters.items()}
     return {"quant_method": NAME, "format": FORMAT, "adapters": adapters, "active": list(here.active),
-            "patches": patches, "selected": selected, "packed": packed}  # fmt: skip
+            "patches": patches, "selected": selected, "packed": packed, "resized": resized}  # fmt: skip
 
 
 def speaks(config: dict[str, Any]) -> bool:
@@ -74,7 +75,7 @@ def refresh(model: Any) -> None:
     config.__dict__.pop("attn_implementation", None)
     if now is not None:
         config.quantization_config = now
-        if now["patches"] or now["packed"]:
+        if now["patches"] or now["packed"] or now["resized"]:
             config.__dict__["attn_implementation"] = SENTENCE
     elif getattr(config, "quantization_config", None) is not None and dict(config.quantization_config).get("quant_method") == NAME:
         del config.quantization_config
@@ -84,10 +85,12 @@ def rebuild(model: Any, wanted: dict[str, Any]) -> None:
     """Gives a plain model the patches and packed modules that the record names; their values are loaded later."""
     import torch
 
-    from paretune import seams, surgery
+    from paretune import seams, surgery, weights
     from paretune.anatomy import Site
     from paretune.recipe import parse
 
+    for item in wanted.get("resized", ()):
+        weights.resize(model.get_submodule(item["path"]), item["sizes"])
     for item in wanted["packed"]:
         method = _method(item["method"])
         surgery.replace(model, item["path"], method.empty(model.get_submodule(item["path"])))
@@ -148,6 +151,8 @@ def _register(module: ModuleType) -> None:
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from paretune import surgery
 
+            for module in [m for m in model.modules() if hasattr(m, "loaded")]:
+                module.loaded()  # such as sparse weights, which become dense
             refresh(model)
             surgery.freeze(model)  # loading makes new parameters, which ask for gradients
             model.is_quantized = False  # Trainer may train the adapters

@@ -87,11 +87,15 @@ def packable(model: nn.Module, *, embeddings: bool = True) -> list[str]:
     return [
         path
         for path, module in model.named_modules()
-        if (base_of(module) is nn.Linear or anatomy.is_transposed(module) or module is tokens and _is_plain_table(module))
+        if (_has_matrix(module) or module is tokens and _is_plain_table(module))
         and owners[id(module.weight)] == 1
         and CHILD not in path.split(".")
         and not f"{path}.".startswith(outside or ("\0",))
     ]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return base_of(module) is nn.Linear or anatomy.is_transposed(module) or getattr(module, "paretune_sparse", False)
 
 
 def _is_plain_table(module: nn.Module) -> bool:

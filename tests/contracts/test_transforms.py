@@ -37,7 +37,7 @@ def changed(method: Transform, family: str, kind: str = "classification"):
     """(the model before, the model after)."""
     model = work.prepared(method, family, kind)
     before = copy.deepcopy(model)
-    after = phases.shrink(model, method, work.task(family))
+    after = phases.shrink(model, method, work.task(family) if kind == "classification" else work.generation_task())
     assert after is model and type(after) is type(before)
     return before, after
 

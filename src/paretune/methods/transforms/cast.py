@@ -49,9 +49,9 @@ class Cast(Transform):
         surgery.settle(model)
         dtype = FORMATS[self.dtype]
         stay = _stay(model, dtype)
-        saved = set(model.state_dict())  # not the others: tables of rotary angles are made anew in fp32 at every loading
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name in saved and tensor.is_floating_point() and CHILD not in name.split(".") and not (stay and stay.search(name)):
+        saved = set(model.state_dict())  # not the other buffers: tables of rotary angles are made anew in fp32 at every loading
+        for name, tensor in (*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)):
+            if tensor.is_floating_point() and CHILD not in name.split(".") and not (stay and stay.search(name)):
                 tensor.data = tensor.data.to(dtype)
         model.config.dtype = dtype
         return model
