@@ -1,4 +1,4 @@
-"""A run's model for others: a Hugging Face folder, or an adapter folder of PEFT."""
+"""A run's model for others: a Hugging Face folder, or an adapter folder in PEFT's format."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch import nn
 from paretune import anatomy, backbones, inference, peft_format, recipe, store
 from paretune.errors import Incompatible, StoreError, unknown
 from paretune.reports import card
-from paretune.roles import Modifier
+from paretune.roles import Adapter, Modifier
 from paretune.seams import CHILD
 
 FORMATS = ("hf", "peft")
-IN_PEFT = ("lora", "ia3", "head")  # the task's head goes into the file whole, however it was trained
 INSTEAD = "export with --to hf, which holds every run"
 
 
@@ -24,7 +23,8 @@ def write(run: store.Run, folder: Path, *, to: str = "hf") -> Path:
     """Writes a run's model into a new or empty folder, whole or not at all.
 
     Args:
-        to: "hf", what `from_pretrained` opens, or "peft", what PEFT puts on the unchanged backbone.
+        to: "hf", what `from_pretrained` opens, or "peft", the adapter alone: what PEFT, or of adapters that it has not `read_peft`,
+            puts on the unchanged backbone.
 
     Raises:
         Incompatible: for an unknown `to`, or a run that the format cannot hold.
@@ -48,17 +48,20 @@ def write(run: store.Run, folder: Path, *, to: str = "hf") -> Path:
 def _write_peft(run: store.Run, folder: Path) -> None:
     """The adapters and the head of a run whose backbone is, tensor for tensor, the one that PEFT's user will load."""
     methods = [m for phase in recipe.parse(run.record["resolved"]).phases for m in phase if not isinstance(m, Modifier)]
-    other = next((m for m in methods if m.spelling() not in IN_PEFT), None)
+    other = next((m for m in methods if not isinstance(m, Adapter)), None)
     if other is not None:
-        raise Incompatible(f"{run.recipe}: a PEFT file holds lora or ia3 on an unchanged backbone, and {other!r} is neither; {INSTEAD}")
+        raise Incompatible(f"{run.recipe}: an adapter's file holds what stands on the run's own backbone, and {other!r} is no adapter; {INSTEAD}")
     found = _same_backbone(run)
     task = inference.task_of(run)
     model = inference.open_model(run.folder / "model", task)
-    changed = _changed(model, backbones.load(found, task, seed=run.record["seed"]))
-    if changed:
-        raise Incompatible(f"{run.recipe}: the run changed the backbone's own {changed}, which a PEFT file does not hold; {INSTEAD}")
+    plain = backbones.load(found, task, seed=run.record["seed"])
+    changed = _changed(model, plain)
+    chosen = {n for m in methods if isinstance(m, Adapter) for n in m.selection(plain)}
+    other_name = next((n for n in changed if n not in chosen), None)
+    if other_name is not None:
+        raise Incompatible(f"{run.recipe}: the run changed the backbone's own {other_name}, which none of its adapters trains; {INSTEAD}")
     try:
-        peft_format.save(model, folder, **_origin(found))
+        peft_format.save(model, folder, trained=tuple(changed), **_origin(found))
     except Incompatible as error:
         raise Incompatible(f"{run.recipe}: {error}; {INSTEAD}") from None
 
@@ -77,9 +80,9 @@ def _origin(backbone: backbones.Backbone) -> dict[str, Any]:
     return {"base": backbone.name, "revision": None if backbone.revision == "local" else backbone.revision}
 
 
-def _changed(model: nn.Module, plain: nn.Module) -> str:
-    """The first tensor outside the head and the adapters that differs from the backbone's; empty if none does."""
+def _changed(model: nn.Module, plain: nn.Module) -> list[str]:
+    """The tensors outside the head and the adapters that differ from the backbone's."""
     head = tuple(f"{path}." for path in anatomy.head(model))
     before = {n: t for n, t in plain.state_dict().items() if not n.startswith(head)}
     after = {n: t for n, t in model.state_dict().items() if not n.startswith(head) and CHILD not in n.split(".")}
-    return next((n for n in before | after if n not in before or n not in after or not torch.equal(before[n], after[n])), "")
+    return [n for n in before | after if n not in before or n not in after or not torch.equal(before[n], after[n])]

@@ -31,6 +31,8 @@ OURS = (
     'lora(r=3, targets="query")',
     'lora(r=3, targets="query value") | lora(r=5, alpha=7.0, targets="value ffn")',
     'lora(rank_stabilized=True, targets="linear")',
+    "dora(r=4)",
+    'dora(r=3, targets="query") + dora(r=2, targets="value")',
     "ia3",
     'ia3(targets="query up down") | ia3(targets="down")',
 )
@@ -113,14 +115,6 @@ def test_one_rank_and_one_alpha_for_all(tmp_path: Path) -> None:
     assert not key_rows.any()
 
 
-@pytest.mark.parametrize("recipe, word", [
-    ("adapter", "adapter"), ("bitfit", "neither"), ("lora + ia3", "has both"), ('lora(targets="classifier")', "the targets"),
-])  # fmt: skip
-def test_what_the_format_lacks_is_refused(recipe: str, word: str, tmp_path: Path) -> None:
-    with pytest.raises(Incompatible, match=word):
-        peft_format.save(adapted(backbone("bert"), recipe), tmp_path, base="somewhere")
-
-
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6, "task_type": "SEQ_CLS"}
 THEIRS: dict[str, tuple[str, Callable[[], Any]]] = {
     "ends": ("bert", lambda: peft.LoraConfig(**LORA, target_modules=["query", "dense"], modules_to_save=["pooler"])),
@@ -129,6 +123,10 @@ THEIRS: dict[str, tuple[str, Callable[[], Any]]] = {
     "patterns": ("roberta", lambda: peft.LoraConfig(
         **LORA, target_modules=["query", "value"], rank_pattern={"value": 2}, alpha_pattern={r"layer\.1\..*\.query": 9}, use_rslora=True)),
     "conv1d": ("gpt2", lambda: peft.LoraConfig(**LORA, target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True, lora_dropout=0.1)),
+    "biases of the maps": ("bert", lambda: peft.LoraConfig(**LORA, target_modules=["query", "dense"], bias="lora_only")),
+    "all biases": ("bert", lambda: peft.LoraConfig(**LORA, target_modules=["query"], bias="all", modules_to_save=["pooler"])),
+    "dora": ("llama", lambda: peft.LoraConfig(**LORA, target_modules=["q_proj", "up_proj"], use_dora=True)),
+    "dora conv1d": ("gpt2", lambda: peft.LoraConfig(**LORA, target_modules=["c_attn"], use_dora=True, use_rslora=True, fan_in_fan_out=True)),
     "ia3": ("bert", lambda: peft.IA3Config(
         task_type="SEQ_CLS", target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"])),
     "ia3 on outputs alone": ("t5", lambda: peft.IA3Config(task_type="SEQ_CLS", target_modules=["k", "v", "wi"], feedforward_modules=[])),
@@ -208,9 +206,12 @@ WRONG: dict[str, tuple[Change, str]] = {  # what is done to a good file -> what 
     "a target is an embedding": (lambda t, c: c["target_modules"].append("word_embeddings"), "an? Embedding"),
     "a saved module has a typo": (lambda t, c: c["modules_to_save"].append("poler"), "'poler' hits nothing"),
     "a pattern has a typo": (lambda t, c: c.update(rank_pattern={"qvery": 2}), "rank_pattern: 'qvery'"),
-    "the adapter is not known": (lambda t, c: c.update(peft_type="PREFIX_TUNING"), "PREFIX_TUNING"),
-    "a setting is not known": (lambda t, c: c.update(use_dora=True), "use_dora=True cannot be read"),
-    "biases were trained": (lambda t, c: c.update(bias="lora_only"), "bias='lora_only' cannot be read"),
+    "the adapter is not known": (lambda t, c: c.update(peft_type="LOHA"), "LOHA, which cannot be read"),
+    "the adapter is another": (lambda t, c: c.update(peft_type="PREFIX_TUNING"), "num_virtual_tokens=None"),
+    "a setting is not known": (lambda t, c: c.update(use_bdlora=True), "use_bdlora=True cannot be read"),
+    "lengths are missing": (lambda t, c: c.update(use_dora=True), "lacks .*lora_magnitude_vector"),
+    "biases are missing": (lambda t, c: c.update(bias="lora_only"), "lacks .*query.base_layer.bias"),
+    "biases of an unknown kind": (lambda t, c: c.update(bias="some"), "bias='some' cannot be read"),
     "the backbone was changed": (lambda t, c: c.update(init_lora_weights="pissa"), "'pissa' changed the backbone"),
 }  # fmt: skip
 
@@ -240,7 +241,7 @@ def test_a_file_without_effect_is_refused(tmp_path: Path) -> None:
 
 def test_a_published_lora_of_gpt2(shared_data: Path) -> None:
     folder = published(shared_data, "lora_gpt2_kto")
-    config = transformers.GPT2Config(vocab_size=tiny.SIZE, n_positions=32, bos_token_id=1, eos_token_id=2)
+    config = transformers.GPT2Config(vocab_size=tiny.SIZE, n_positions=32, n_inner=8, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     plain = transformers.GPT2LMHeadModel(config).eval()
     model = peft_format.read_peft(copy.deepcopy(plain), folder)
