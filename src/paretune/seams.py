@@ -1,4 +1,4 @@
-"""Where an adapter touches a model: patches, and the seam that holds all patches of one module.
+"""Where an adapter touches a model: the seam, which holds all patches of one module, and what is attached to a whole model.
 
 A seam is a child module named `paretune` of the module it patches, so the backbone's state-dict keys stay as they are
 and adapter tensors are extra keys: `<module>.paretune.<adapter>.<method>.<tensor>`. The module itself only changes its
@@ -10,12 +10,13 @@ Shapes: B rows, T positions, D features of a block, I and O features of a linear
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import re
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,88 +24,13 @@ from torch.nn import functional as F
 
 from paretune import anatomy, attention
 from paretune.anatomy import Site
+from paretune.patches import Patch, Selected
+
+if TYPE_CHECKING:
+    from paretune.roles import Adapter
 
 CHILD = "paretune"
 READOUT = "readout"  # the name under which a readout's patches stand; they belong to the head, and no switch turns them off
-
-
-class Patch(nn.Module):
-    """One method's tensors at one site. `patch(x, y)` gives the output, from the module's input x and output y."""
-
-    wraps: ClassVar[bool] = False  # does it act around the whole call, through `around`?
-    reweighs: ClassVar[bool] = False  # is `delta` all it says? then the module computes with W + ΔW and b + Δb
-    attends: ClassVar[bool] = False  # does it act inside the attention call, through `attend`?
-    method: Any  # the adapter it is of; set when it is installed
-    shared: nn.Module | None  # what `Adapter.shared` gave: one for all patches of the adapter; set when it is installed
-
-    def __init__(self, site: Site | None = None) -> None:
-        super().__init__()
-        self.site = site
-        self.settled = False  # has it given up its training form?
-        self.borrow(None)
-
-    def borrow(self, shared: nn.Module | None) -> None:
-        """Takes the adapter's shared module, not as a child: its tensors are stored once, where it is installed."""
-        self.__dict__["shared"] = shared
-
-    def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """For a patch that `wraps`: the module's call, with other inputs or another reading of its outputs."""
-        return forward(*args, **kwargs)
-
-    def among(self, patches: Sequence[Patch | None]) -> Callable[..., Any]:
-        """For a patch that `wraps` and may serve single rows: an `around` in which row i of the batch meets `patches[i]` alone."""
-        raise AssertionError(f"{type(self).__name__} cannot tell rows apart")
-
-    def attend(self, attend: attention.Attend, call: attention.Call) -> tuple[Tensor, Tensor | None]:
-        """For a patch that `attends`: the attention call, with other keys and values or by other means."""
-        return attend(call)
-
-    def enter(self, x: Tensor) -> Tensor:
-        """The input (B, T, I) as the patched map shall see it."""
-        return x
-
-    def forward(self, x: Tensor, y: Any) -> Any:
-        """The cheap path: the output y (B, T, O) of the map at the entered input x (B, T, I), patched."""
-        return y
-
-    def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The matrix path: what is added to the weight (O, I) and the bias (O), in fp32.
-
-        Only methods whose card does not exclude merging have it.
-        """
-        raise AssertionError(f"{type(self).__name__} has no matrix")
-
-    def settle(self) -> dict[str, Tensor]:
-        """At the end of its phase: the frozen tensors by which it works from here on; none if it stays as it is."""
-        return {}
-
-    def hold(self, tensors: dict[str, Tensor]) -> None:
-        """Has these tensors in the place of all that it had to train; the patch tells by `settled` which form it has."""
-        for own in (self._parameters, self._buffers, self._modules):
-            own.clear()
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-        self.settled = True
-        self.borrow(None)
-
-
-class Selected(Patch):
-    """Existing parameters of one module that learn: they are trained in place and this holds their other value.
-
-    While the adapter is active the module has the trained values and this the original ones; a switch exchanges them.
-    """
-
-    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.names = tuple(names)
-        for name in names:
-            self.register_buffer(name, getattr(module, name).detach().clone())
-
-    def swap(self, module: nn.Module) -> None:
-        """Exchanges the values, without a copy."""
-        for name in self.names:
-            parameter = getattr(module, name)
-            parameter.data, self._buffers[name] = self._buffers[name], parameter.data
 
 
 def openness(x: Tensor, gate: Tensor) -> Tensor:
@@ -310,6 +236,12 @@ def open_seam(module: nn.Module, *, working: bool) -> Seam:
     return seam
 
 
+def hand_over(seam: Seam, module: nn.Module, *, working: bool) -> None:
+    """Gives a module the seam that another had, or it itself before."""
+    open_seam(module, working=working)
+    module._modules[CHILD] = seam
+
+
 def base_of(module: nn.Module) -> type[nn.Module]:
     """The module's own class, adapted or not."""
     return type(module).__bases__[-1] if isinstance(module, Adapted) else type(module)
@@ -351,6 +283,25 @@ def bypassed(model: nn.Module, path: str) -> Iterator[None]:
         yield
     finally:
         holder._modules[name] = module
+
+
+@dataclasses.dataclass
+class State:
+    """What is attached to a model; lives on the model as `_paretune`."""
+
+    adapters: dict[str, tuple[Adapter, ...]] = dataclasses.field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    merged: list[tuple[str, str, Tensor]] = dataclasses.field(default_factory=list)  # module, parameter, original
+    unmerged: dict[str, Seam] = dataclasses.field(default_factory=dict)  # module -> the seam it had before the merge
+    processor: Any = None  # the tokenizer or image processor that travels with the model
+    before: tuple[dict[str, tuple[Adapter, ...]], tuple[str, ...]] | None = None  # adapters and active before the merge
+
+
+def state(model: nn.Module) -> State:
+    """What is attached to the model."""
+    if "_paretune" not in model.__dict__:
+        model.__dict__["_paretune"] = State()
+    return model.__dict__["_paretune"]
 
 
 def seams_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Seam]]:

@@ -1,4 +1,4 @@
-"""The only file that replaces, wraps or restores modules of a model.
+"""The only file that replaces, wraps or restores modules of a model (what it does at one module is in `seams.py`).
 
 Verbs: attach, switch, rows, remove, settle, merge, unmerge, replace. Backbone values change in `merge` only (and there
 can be brought back exactly); parameters that an adapter selects are trained in place, and their originals kept beside.
@@ -9,37 +9,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from paretune import anatomy, hub, seams
 from paretune.anatomy import Site
 from paretune.errors import Incompatible, did_you_mean, one_of
+from paretune.folding import forget, merge, unmerge  # noqa: F401 - verbs of surgery, too
 from paretune.roles import Adapter
-from paretune.seams import CHILD, Patch, Seam, Selected, seams_of
+from paretune.seams import CHILD, Patch, Seam, Selected, State, seams_of, state  # noqa: F401
 
 HEAD = "head_weights"  # the method key under which an adapter keeps its own head
-
-
-@dataclasses.dataclass
-class State:
-    """What is attached to a model; lives on the model as `_paretune`."""
-
-    adapters: dict[str, tuple[Adapter, ...]] = dataclasses.field(default_factory=dict)
-    active: tuple[str, ...] = ()
-    merged: list[tuple[str, str, Tensor]] = dataclasses.field(default_factory=list)  # module, parameter, original
-    unmerged: dict[str, Seam] = dataclasses.field(default_factory=dict)  # module -> the seam it had before the merge
-    processor: Any = None  # the tokenizer or image processor that travels with the model
-    before: tuple[dict[str, tuple[Adapter, ...]], tuple[str, ...]] | None = None  # adapters and active before the merge
-
-
-def state(model: nn.Module) -> State:
-    """What is attached to the model."""
-    if "_paretune" not in model.__dict__:
-        model.__dict__["_paretune"] = State()
-    return model.__dict__["_paretune"]
 
 
 def attach(model: nn.Module, methods: Sequence[Adapter], *, name: str = "default", on_top: bool = False, head: bool = True) -> list[str]:
@@ -274,84 +254,6 @@ def settle(model: nn.Module) -> None:
     hub.refresh(model)
 
 
-def merge(model: nn.Module) -> None:
-    """Writes all active adapters into the backbone's weights, computed in fp32; `unmerge` brings the originals back.
-
-    Raises:
-        Incompatible: where nothing is attached, or an adapter cannot be folded; the model is then as it was.
-    """
-    here = state(model)
-    if not here.active:
-        raise Incompatible("merge: no adapter is active on the model; attach one and train it first")
-    idle = [n for n in here.adapters if n not in here.active]
-    if idle:
-        raise Incompatible(f"merge folds all attached adapters, and {one_of(idle)} is not active; switch it on or remove it")
-    for methods in here.adapters.values():
-        for method in methods:
-            if not method.foldable:
-                raise Incompatible(f"merge: {method!r} is no change of the weights and cannot be folded; leave merge out, the model saves with it")
-    _refuse_tied(model)
-    here.before = (dict(here.adapters), here.active)
-    for path, module, seam in seams_of(model):
-        _fold(here, path, module, seam)
-        here.unmerged[path] = seam
-        seams.close_seam(module)
-        seams.keep_readout(module, seam)
-    here.adapters, here.active = {}, ()
-    hub.refresh(model)
-
-
-def _refuse_tied(model: nn.Module) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for path, module, seam in seams_of(model):
-        if any(not isinstance(p, Selected) and not p.wraps for _, _, p in seam.patches()) and isinstance(getattr(module, "weight", None), Tensor):
-            if getattr(module, "paretune_fixed", False):
-                raise Incompatible(f"merge: {module.packed_by} has fixed the form of the weight of {path}, which a sum would not keep; leave merge out")
-            shared = owners.get(id(module.weight), [])
-            if len(shared) > 1:
-                raise Incompatible(
-                    f"merge: the weight of {path} is tied to {one_of(n for n in shared if not n.startswith(path + '.'))}; merging would change both"
-                )
-
-
-@torch.no_grad()
-def _fold(here: State, path: str, module: nn.Module, seam: Seam) -> None:
-    patches = [p for adapter, _, p in seam.patches() if not isinstance(p, Selected) and adapter != seams.READOUT]
-    for tensor, value in (seams.effective(module, patches) if patches else {}).items():
-        parameter = getattr(module, tensor)
-        here.merged.append((path, tensor, parameter.data))
-        parameter.data = value
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undoes `merge` exactly: the weights of before, and the adapters attached and active.
-
-    Raises:
-        Incompatible: where no merge can be undone (none was made, or the model was saved and loaded since).
-    """
-    here = state(model)
-    if here.before is None:
-        raise Incompatible("unmerge: no merge of this model is remembered; load the backbone and the adapter again")
-    for path, tensor, original in here.merged:
-        getattr(model.get_submodule(path), tensor).data = original
-    for path, seam in here.unmerged.items():
-        module = model.get_submodule(path)
-        works = bool(seam.captures) or any(not isinstance(p, Selected) for _, _, p in seam.patches())
-        seams.open_seam(module, working=works)
-        module._modules[CHILD] = seam
-    here.adapters, here.active = here.before
-    here.merged, here.unmerged, here.before = [], {}, None
-    hub.refresh(model)
-
-
-def forget(model: nn.Module) -> None:
-    """Gives up the memory by which `unmerge` works."""
-    here = state(model)
-    here.merged, here.unmerged, here.before = [], {}, None
-
-
 def replace(model: nn.Module, path: str, new: nn.Module) -> None:
     """Puts a module in the place of another; a seam moves over to it.
 
@@ -366,8 +268,7 @@ def replace(model: nn.Module, path: str, new: nn.Module) -> None:
             raise Incompatible(f"a patch at {path} computes with its weight, which {type(new).__name__} keeps in another form; merge first")
         works = isinstance(old, seams.Adapted)
         seams.close_seam(old)
-        seams.open_seam(new, working=works)
-        new._modules[CHILD] = seam
+        seams.hand_over(seam, new, working=works)
     if "resized" in old.__dict__:  # the sizes that the config does not say
         new.__dict__["resized"] = {**old.__dict__["resized"], **new.__dict__.get("resized", {})}
     new.train(old.training)

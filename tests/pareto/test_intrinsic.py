@@ -48,7 +48,7 @@ def test_it_trains_and_keeps_its_runs(backbone, tmp_path, monkeypatch):
     how = {"backbone": backbone, "dims": (4, 64), "full": "full + schedule(lr=1e-2)", "recipe": "intrinsic_dimension + schedule(lr=0.05)", "out": tmp_path}
     found = intrinsic.d90(given, **how, options=options)
     assert 0 < found.full <= 1 and set(found.scores) <= {4, 64}
-    spelled = sorted(runs.Run.read(folder).recipe for folder in (tmp_path / "runs").iterdir())
+    spelled = sorted(runs.Run.read(path.parent).recipe for path in (tmp_path / "runs").glob("*/run.json"))
     assert len(spelled) == 1 + len(found.scores) and spelled[0] == "full + schedule(lr=0.01)" and spelled[1].startswith("intrinsic_dimension(d=4)")
     monkeypatch.setattr(runs.phases, "walk", None)  # a run that is there is not done again
     assert intrinsic.d90(given, **how, options=options) == found

@@ -54,8 +54,9 @@ class DiffPruning(Adapter):
         lr=5e-5,
         lr_falls_with_size=True,
         exact_at_start=True,
-        note="The paper adapts every parameter, here linear maps are adapted. Its third stage, which trains the kept values alone, is the end of the same phase. "
-        "Evaluated before that, a gate counts with its chance to be open. A loop other than paretune's has no penalty: the largest differences are kept all the same.",
+        note="The paper adapts every parameter, here linear maps are adapted. Its last stage, which trains the kept values alone, is the end of the same phase. "
+        "Evaluated before that, a gate counts with its chance to be open. In a loop other than paretune's there is no penalty, and the largest "
+        "differences are kept when the phase ends.",
     )
     reweighs = True
 

@@ -40,8 +40,9 @@ class IntrinsicDimension(Adapter):
         why="A task costs d numbers to store. Training is slower than full fine-tuning: every step projects, and keeps 9 bytes of P for each weight.",
         lr=5e-3,
         exact_at_start=True,
-        note="A measure of how hard a task is, more than a way to save: d90 is the least d that reaches 90 % of full fine-tuning's score. The paper projects onto "
-        "every parameter, here onto linear maps; its λ stand beside θ_d, here they are its last numbers, as differences from one. A dense P needs 4 d bytes for each weight.",
+        note="A measure of how hard a task is, more than a way to save: d90 is the least d that reaches 90 % of full fine-tuning's score (pt.d90). "
+        "The paper projects onto every parameter, here onto linear maps; the λ are the last of the d numbers, as differences from one. "
+        "A dense P needs 4 d bytes for each weight.",
     )
     reweighs = True
 
