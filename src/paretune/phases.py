@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from paretune import backbones, hub, inference, processors, registry, store, surgery, training
+from paretune import backbones, hub, inference, processors, registry, store, surgery, teachers, training
 from paretune.backbones import Backbone
 from paretune.errors import Incompatible
 from paretune.meters import energy
@@ -39,7 +39,7 @@ class Plan:
         """The name of the first k phases' result."""
         return store.identity({
             "recipe": self.recipe.prefix(k).resolved, "backbone": self.backbone.revision, "weights": self.backbone.weights_sha256,
-            "task": self.task.fingerprint, "seed": self.seed,
+            "task": self.task.fingerprint, "seed": self.seed, **teachers.hashes(self.recipe.prefix(k)),
         })  # fmt: skip
 
     @property
@@ -58,14 +58,27 @@ def complete(recipe: Recipe, backbone: Backbone, *, task: Task, options: Options
     Raises:
         Incompatible: where it does not compose, or nothing in it gives the task an answer that the checkpoint does not have.
     """
+    if any(m.ranks for phase in recipe.phases for m in phase if isinstance(m, Modifier)) and not readouts_of(recipe):
+        recipe = registry.get("choices")() | recipe  # what their losses compare
     answers = any(is_training(phase) or isinstance(phase[0], Readout) for phase in recipe.phases)
     if not answers and not backbones.has_head(backbone, task):
         raise Incompatible(
             f"{recipe}: nothing learns, and {backbone.name} has no head for the task {task.name}; train first, as in lora | merge | {recipe}, "
             "or give a backbone that was fine-tuned for these labels"
         )
+    teachers.check(recipe, backbone, task=task)
     config = AutoConfig.from_pretrained(backbone.source)
     return Recipe(tuple(_scheduled(phase, options, config) if is_training(phase) else phase for phase in recipe.check().phases))
+
+
+def readouts_of(recipe: Recipe) -> list[Readout]:
+    """The readouts of a recipe: none or one, where it composes."""
+    return [m for phase in recipe.phases for m in phase if isinstance(m, Readout)]
+
+
+def first_model(plan: Plan) -> nn.Module:
+    """What the plan starts from: the backbone with the task's head, or with its own words where the recipe's readout speaks."""
+    return backbones.load(plan.backbone, plan.task, seed=plan.seed, speaks=any(r.speaks for r in readouts_of(plan.recipe)))
 
 
 def _scheduled(phase: Phase, options: Options, config: Any) -> Phase:
@@ -107,7 +120,7 @@ def walk(plan: Plan) -> list[dict[str, Any]]:
 
 def _before(plan: Plan, k: int) -> nn.Module:
     if k == 1:
-        return backbones.load(plan.backbone, plan.task, seed=plan.seed)
+        return first_model(plan)
     return inference.open_model(plan.folder(k - 1) / "model", plan.task)
 
 
@@ -131,13 +144,11 @@ def _execute(plan: Plan, k: int, model: nn.Module) -> dict[str, Any]:
 def _train(plan: Plan, k: int, model: nn.Module, work: Path) -> dict[str, Any]:
     phase = plan.recipe.phases[k - 1]
     schedule = next(m for m in phase if isinstance(m, Schedule))
-    adapters = [m for m in phase if isinstance(m, Adapter)]
-    surgery.attach(model, adapters, name=f"phase_{k}", on_top=True, head=schedule.head)
-    trainable, in_head = surgery.count(model)
     report = plan.options.report
     settings = training.Settings(
         seed=plan.seed, device=plan.options.compute.device, folder=work, name=str(plan.recipe),
         report=(lambda info: report({**info, "phase": k, "phases": len(plan.recipe.phases)})) if report else None,
+        after=lambda k: _before(plan, k + 1),
     )  # fmt: skip
     modifiers = [m for m in phase if isinstance(m, Modifier)]
     found: dict[str, Any] = {}

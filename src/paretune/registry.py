@@ -14,7 +14,7 @@ from typing import Any
 
 from paretune.card import Card, knob
 from paretune.errors import RecipeError, unknown
-from paretune.roles import ROLES, Method
+from paretune.roles import ROLES, After, Method
 
 METHODS = Path(__file__).parent / "methods"
 
@@ -125,5 +125,10 @@ def _keywords(call: ast.Call) -> dict[str, Any]:
 def _knob(node: ast.AnnAssign) -> dict[str, Any]:
     call = node.value
     assert isinstance(call, ast.Call) and _called(call) == "knob", f"{ast.unparse(node)}: a knob is declared with knob()"
-    field = knob(*map(ast.literal_eval, call.args), **_keywords(call))
+    field = knob(*map(_literal, call.args), **_keywords(call))
     return {"name": ast.unparse(node.target), "type": ast.unparse(node.annotation), "default": field.default, **field.metadata}
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of a literal, `After(0)` among them."""
+    return After(ast.literal_eval(node.args[0])) if isinstance(node, ast.Call) and _called(node) == "After" else ast.literal_eval(node)

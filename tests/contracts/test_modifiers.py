@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -10,22 +12,22 @@ import work
 from paretune import registry, surgery
 from paretune.methods.adapters.lora import LoRA
 
-OFF = {"keep": 1.0, "weight": 0.0, "inner_steps": 0}  # the knob that says how much of it there is, and its value for none
+OFF = {"keep": 1.0, "weight": 0.0, "inner_steps": 0, "mix": 0.0}  # the knob that says how much of it there is, and its value for none
 NAMES = [name for name in registry.names("modifier") if name != "schedule"]  # a schedule is the loop's own settings
 
 
-def trained(*modifiers, seed=0, head=True):
-    """The tensors of a tiny BERT with LoRA after two epochs of a tiny task, and how many examples they took."""
+def trained(*modifiers, seed=0, head=True, ranks=False):
+    """The tensors of a tiny BERT (or a tiny GPT-2 that ranks choices) with LoRA after two epochs of a tiny task, and how many examples they took."""
     torch.manual_seed(0)  # of the adapter's start
-    model = work.ready("bert")
+    model = work.ranked() if ranks else work.ready("bert")
     surgery.attach(model, [LoRA(r=2, dropout=0.1)], head=head)
     fit = work.fitted(model, work.text_task(), *modifiers, seed=seed)
     return steps.tensors(model), fit
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return trained()
+@functools.cache
+def plain(ranks=False):
+    return trained(ranks=ranks)
 
 
 def off(name):
@@ -34,21 +36,23 @@ def off(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_off_is_the_plain_loop(name, plain):
-    tensors, fit = trained(off(name))
-    assert steps.same(tensors, plain[0]) and fit == plain[1]
+def test_off_is_the_plain_loop(name):
+    ranks = registry.get(name).ranks
+    tensors, fit = trained(off(name), ranks=ranks)
+    assert steps.same(tensors, plain(ranks)[0]) and fit == plain(ranks)[1]
     assert fit.examples == 2 * 24  # keep=1.0 is all of the data
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_deterministic_by_its_seed(name, plain):
-    (first, fit), (second, again) = trained(registry.get(name)()), trained(registry.get(name)())
+def test_it_is_deterministic_by_its_seed(name):
+    ranks = registry.get(name).ranks
+    (first, fit), (second, again) = trained(registry.get(name)(), ranks=ranks), trained(registry.get(name)(), ranks=ranks)
     assert steps.same(first, second) and fit == again
-    assert not steps.same(first, plain[0])
-    assert not steps.same(first, trained(registry.get(name)(), seed=1)[0])
+    assert not steps.same(first, plain(ranks)[0])
+    assert not steps.same(first, trained(registry.get(name)(), seed=1, ranks=ranks)[0])
 
 
-def test_without_a_trained_head_it_stays(plain):
+def test_without_a_trained_head_it_stays():
     tensors, _ = trained(head=False)
     assert all((tensors[n] == t).all() for n, t in work.ready("bert").state_dict().items() if n.startswith("classifier"))
-    assert not steps.same(tensors, plain[0])
+    assert not steps.same(tensors, plain()[0])

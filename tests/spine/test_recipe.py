@@ -47,6 +47,7 @@ def a_value(pick, knob):
         "str": lambda: a_text(pick),
         "texts": lambda: tuple(a_text(pick) for _ in range(pick.randint(0, 3))),
         "numbers": lambda: tuple(sorted(pick.sample(range(12), pick.randint(1, 4)))),
+        "After": lambda: After(pick.randrange(4)),
         "None": lambda: None,
     }[kind]()
 

@@ -27,7 +27,7 @@ def methods(name: str | None, as_json: bool) -> None:
     entries = [registry.describe(n) for n in ([name] if name else registry.names())]
     if as_json:
         data = [_plain(entry) for entry in entries]
-        click.echo(json.dumps(data[0] if name else data, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(data[0] if name else data, indent=2, ensure_ascii=False, default=repr))
     elif name:
         click.echo("\n".join(_card(entries[0])))
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from paretune.tasks.kinds.base import IGNORED, Bad, Batch, Encoding, Kind, check_text, limit, missing, pad, pad_id, pad_to, token_loss, tokenize
+from paretune.tasks.kinds.base import IGNORED, Bad, Batch, Encoding, Kind, check_text, labeled, limit, missing, pad, pad_id, pad_to, token_loss, tokenize
 
 if TYPE_CHECKING:
     from paretune.tasks.definition import Row, Rows, Task
@@ -78,6 +78,9 @@ class Generation(Kind):
 
     def loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         return token_loss(*aligned(outputs, batch))
+
+    def answered(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        return labeled(*aligned(outputs, batch))
 
     def predict(self, model: Any, batch: Mapping[str, torch.Tensor], *, outputs: Any, processor: Any = None) -> list[Any]:
         """The generated texts (greedy; `processor` decodes them), or (nll, tokens) where perplexity is the metric."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from paretune.errors import BackboneError
-from paretune.tasks.kinds.base import IGNORED, Batch, Encoding, Kind, limit, pad, pad_to, token_loss
+from paretune.tasks.kinds.base import IGNORED, Batch, Encoding, Kind, labeled, limit, pad, pad_to, token_loss
 from paretune.tasks.kinds.generation import aligned, negative_log_likelihoods
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ class Language(Kind):
 
     def loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         return token_loss(*aligned(outputs, batch))
+
+    def answered(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        return labeled(*aligned(outputs, batch))
 
     def predict(self, model: Any, batch: Mapping[str, torch.Tensor], *, outputs: Any, processor: Any = None) -> list[tuple[float, int]]:
         """(negative log-likelihood in nats, predicted tokens) of each block."""

@@ -53,6 +53,10 @@ class Multilabel(Kind):
         labels = batch["labels"].float()
         return torch.nn.functional.binary_cross_entropy_with_logits(outputs.logits.float(), labels, reduction="sum"), labels.numel()
 
+    def answered(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Every label is a target with two classes: sigmoid(z) = softmax(z, 0)."""
+        return list(torch.stack([outputs.logits, torch.zeros_like(outputs.logits)], -1))
+
     def predict(self, model: Any, batch: Mapping[str, torch.Tensor], *, outputs: Any, processor: Any = None) -> list[list[float]]:
         return outputs.logits.float().sigmoid().tolist()
 

@@ -19,6 +19,7 @@ from paretune.tasks.kinds.base import (
     class_name,
     head_config,
     in_order,
+    labeled,
     limit,
     list_of,
     pad_to,
@@ -94,6 +95,9 @@ class Tokens(Kind):
 
     def loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         return token_loss(outputs.logits, batch["labels"])
+
+    def answered(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        return labeled(outputs.logits, batch["labels"])
 
     def predict(self, model: Any, batch: Mapping[str, torch.Tensor], *, outputs: Any, processor: Any = None) -> list[list[str]]:
         """The tags of each example's words; a truncated text has fewer."""
