@@ -179,14 +179,17 @@ class _Entrance(_Rows):
     def _continued(self, model: nn.Module, call: dict[str, Any], past: int) -> tuple[dict[str, Any], None]:
         """A later call, whose cache has the virtual tokens."""
         x = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
-        present, mask = self.present(x), call.get("attention_mask")
+        present, mask, at = self.present(x), call.get("attention_mask"), call.get("position_ids")
+        before = past - present.shape[1]  # tokens of the input in the cache
+        counted = before if mask is None and at is None else mask.shape[1] - x.shape[1] if mask is not None else int(at[0, 0])
+        if counted != before:
+            raise Incompatible(
+                f"virtual tokens: the call goes on behind {counted} tokens, and its cache has {before} beside {present.shape[1]} virtual ones; "
+                "give a cache only to the calls that go on from the one which filled it"
+            )
+        if mask is None and not self.equal:
+            mask = present.new_ones(len(x), before + x.shape[1])
         if mask is not None:
-            total = past + x.shape[1] - present.shape[1]
-            if mask.shape[1] != total:
-                raise Incompatible(
-                    f"virtual tokens: the mask has {mask.shape[1]} tokens, and cache and call have {total} beside {present.shape[1]} virtual ones; "
-                    "give a cache only to the calls that go on from the one which filled it"
-                )
             call = {**call, "attention_mask": torch.cat([present.to(mask.dtype), mask], 1)}
         return self._counted(model, call, present, past=past), None
 

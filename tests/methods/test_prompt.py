@@ -224,6 +224,20 @@ def test_a_cache_that_was_cut():
         model(ids[:, -1:], attention_mask=torch.ones(1, 7, dtype=torch.long), past_key_values=cache)
 
 
+def test_a_cache_of_an_earlier_conversation():
+    model, ids = adapted(family="llama", task="causal"), torch.tensor([ROWS[0]])
+    said = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True, eos_token_id=None)
+    more = torch.cat([said.sequences, torch.tensor([[9, 8, 7, 6, 5, 4, 9, 8]])], 1)
+    with pytest.raises(Incompatible, match="which filled it"):
+        model.generate(more, past_key_values=said.past_key_values, max_new_tokens=2)
+
+
+def test_an_assistant_that_drafts_changes_nothing():
+    model, ids = adapted(family="llama", task="causal"), torch.tensor([ROWS[0] * 3])
+    how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **how), model.generate(ids, **how))
+
+
 # --- several at once ---------------------------------------------------------------------------------------------------------------
 
 
@@ -244,11 +258,12 @@ def test_rows_are_generated_each_with_its_prompt():
     model = adapted(family="gpt2", task="causal")
     surgery.attach(model, [Prompt(length=2)], name="short", head=False)
     how = {"max_new_tokens": 5, "num_beams": 2, "eos_token_id": None}
-    with surgery.rows(model, ["short", None, "default"]):
-        together = model.generate(**padded(ROWS, "left", 6), **how)
-    for row, name in enumerate(["short", None, "default"]):
-        surgery.switch(model, *([name] if name else []))
-        assert torch.equal(model.generate(torch.tensor([ROWS[row]]), **how)[0, len(ROWS[row]) :], together[row, 6:])
+    for texts in (ROWS, [ROWS[0]] * 3):  # padded or not: transformers drops a mask that hides nothing
+        with surgery.rows(model, ["short", None, "default"]):
+            together = model.generate(**padded(texts, "left", 6), **how)
+        for row, name in enumerate(["short", None, "default"]):
+            surgery.switch(model, *([name] if name else []))
+            assert torch.equal(model.generate(torch.tensor([texts[row]]), **how)[0, len(texts[row]) :], together[row, 6:])
 
 
 def test_the_majority_of_prompts_decides():
