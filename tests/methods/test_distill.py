@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy
 import pytest
@@ -290,3 +291,32 @@ def test_a_shelf_gives_what_was_put(tmp_path):
     again = teachers.Shelf(tmp_path / "a", [2, 0, 3], width=2)
     assert [again.has(i) for i in range(3)] == [False, False, True]
     assert numpy.array_equal(again.get(2).numpy(), [[1.0, 2.0], [3.0, 4.0]])
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def test_a_killed_training_goes_on_bit_for_bit(tmp_path):
+    def trained(folder, *, until=None):
+        student, teacher = taught()
+        steps_done = []
+
+        def report(info):
+            steps_done.append(info)
+            if len([i for i in steps_done if "step" in i]) == until:
+                raise Killed
+
+        loop = loop_of(student, work.text_task(), teacher=teacher, folder=folder, report=report)
+        loop.settings = dataclasses.replace(loop.settings, checkpoint_every_s=0.0)
+        loop.events = [Distill(After(1), **EVERYTHING).events(loop)]
+        loop.run()
+        return steps.tensors(student)
+
+    torch.manual_seed(0)
+    whole = trained(tmp_path / "whole")
+    torch.manual_seed(0)
+    with pytest.raises(Killed):
+        trained(tmp_path / "cut", until=9)
+    torch.manual_seed(1)  # the state of the generator comes from the checkpoint
+    assert steps.same(trained(tmp_path / "cut"), whole)
