@@ -13,9 +13,10 @@ from transformers import ViTImageProcessor
 
 import steps
 import tiny
-from paretune import processors, surgery, training
+from paretune import phases, processors, surgery, training
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.modifiers.schedule import Schedule
+from paretune.methods.readouts.choices import Choices
 from paretune.roles import Adapter, Examples, Method, Trail
 from paretune.errors import Incompatible
 from paretune.tasks import Rows, Task
@@ -96,6 +97,11 @@ def decided(method: Method, family: str) -> Method:
     if not isinstance(method, Adapter) or type(method).chosen is Adapter.chosen:
         return method
     return method.chosen(ready(family), Examples(task(family), processor(family)))[0]
+
+
+def ranked(family: str = "gpt2") -> nn.Module:
+    """The tiny language model of a family, which ranks the labels of `text_task`."""
+    return phases.shrink(ready(family, "seq2seq" if family in tiny.SEQ2SEQ else "causal"), Choices(), text_task())
 
 
 def prepared(method: Method, family: str, kind: str = "classification") -> nn.Module:

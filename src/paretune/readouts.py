@@ -83,8 +83,9 @@ class Offset(Patch):
 
 
 def install(model: nn.Module, readout: Readout, sites: Sequence[Site]) -> None:
-    """Puts a readout's patches on a model, in the place of an earlier readout's; what was trained is the model's own from here on."""
+    """Puts a readout's patches on a model, in the place of an earlier readout's. Its values are its own from here on, and nothing learns."""
     surgery.settle(model)
+    surgery.freeze(model)
     for _, module, seam in seams.seams_of(model):
         if READOUT in seam._modules:
             del seam._modules[READOUT]
@@ -132,8 +133,7 @@ def write(model: nn.Module, weight: Tensor, *, bias: Tensor | None, readout: Rea
         new.weight.copy_(weight)
         if own:
             new.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
-    new.requires_grad_(getattr(old.weight, "requires_grad", False))
-    surgery.replace(model, path, new)
+    surgery.replace(model, path, new.requires_grad_(old.weight.requires_grad))
     if bias is not None and not own:
         offset = _offset(model, path) or surgery.install(model, READOUT, readout, Site(place="offset", path=path, out_features=len(bias)))
         offset.hold({"bias": bias.to(model.dtype)})

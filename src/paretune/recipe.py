@@ -219,7 +219,7 @@ class _Parser:
         if kind == "number":
             return int(token) if re.fullmatch(r"[+-]?\d+", token) else float(token)
         if kind == "text":
-            return re.sub(r"\\(.)", r"\1", token[1:-1])
+            return re.sub(r"\\(.)", lambda match: "\n" if match[1] == "n" else match[1], token[1:-1])
         if token == "@":
             return After(int(self._take("number", "the number of a phase")))
         if token in ("[", "("):

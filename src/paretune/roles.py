@@ -254,7 +254,7 @@ def spell_value(value: Any) -> str:
     if isinstance(value, Method):
         return value.spell()
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
     if isinstance(value, tuple):
         return "[" + ", ".join(map(spell_value, value)) + "]"
     return repr(value)

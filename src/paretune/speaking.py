@@ -18,7 +18,7 @@ from paretune.ranking import NONE, Ranked, padded_answers
 from paretune.roles import Examples, Readout
 from paretune.seams import Patch
 from paretune.tasks import Task
-from paretune.tasks.kinds.base import Encoding, tokenize
+from paretune.tasks.kinds.base import Encoding
 
 LEAST_ROOM = 8  # tokens of a row that a prompt must leave room for
 
@@ -43,6 +43,10 @@ class Speaking(Readout):
     def prefix(self, task: Task) -> tuple[str, int]:
         """(the text in front of every row's own, how many training examples stand in it)."""
         return "", 0
+
+    def begins(self) -> bool:
+        """Does a prompt begin with the row's own text?"""
+        return self.template.startswith("{text}")
 
     def patch(self, site: Site) -> Patch:
         return Ranked(site)
@@ -94,13 +98,13 @@ class Speaking(Readout):
         begin, end = _specials(tokenizer)
         before, rest = self.template.split("{text}")
         after = rest.split("{label}")[0].rstrip(" ")
-        return [*begin, *_plain(tokenizer, (text + before).rstrip(" "))], [*_plain(tokenizer, after), *(end if written else [])]
+        return [*begin, *_plain(tokenizer, (text + before).rstrip(" "))], [*continuations(tokenizer, [after])[0], *(end if written else [])]
 
     def _answer(self, tokenizer: Any, word: str, *, written: bool) -> list[int]:
         if written:
             return tokenizer(text_target=word)["input_ids"]
         between = self.template.split("{text}")[1].split("{label}")[0]
-        return _plain(tokenizer, between[len(between.rstrip(" ")) :] + word)
+        return continuations(tokenizer, [between[len(between.rstrip(" ")) :] + word])[0]
 
     def row_text(self, task: Task, row: Any) -> str:
         """A row as one text; a pair is two lines."""
@@ -110,8 +114,9 @@ class Speaking(Readout):
         """A row's own text in tokens; where each row has its choices, once for each of them, with the choice behind it under `answer_mask`."""
         before = self.template.split("{text}")[0]
         gap = before[len(before.rstrip(" ")) :]
-        encodings = tokenize(processor, [[gap + self.row_text(task, row) for row in rows]], max_length=max_length)
-        encodings = [{name: e[name] for name in ("input_ids", "attention_mask")} for e in encodings]
+        texts = [gap + self.row_text(task, row) for row in rows]
+        tokens = [_plain(processor, text) for text in texts] if self.begins() else continuations(processor, texts)
+        encodings: list[Encoding] = [{"input_ids": ids[:max_length], "attention_mask": [1] * len(ids[:max_length])} for ids in tokens]
         if task.kind.name == "choice":
             encodings = [
                 _with_choices(e, [self._answer(processor, choice, written=bool(config.is_encoder_decoder)) for choice in row[task.columns["choices"]]])
@@ -131,6 +136,18 @@ def _with_choices(encoding: Encoding, answers: list[list[int]]) -> Encoding:
 
 def _plain(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def continuations(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of texts as they are read within a line: behind a full stop, whose own tokens are taken away again.
+
+    A SentencePiece tokenizer puts a space in front of what it takes for the beginning of a text.
+    """
+    stop, found = _plain(tokenizer, "."), []
+    for text in texts:
+        whole = _plain(tokenizer, f".{text}")
+        found.append(whole[len(stop) :] if whole[: len(stop)] == stop else _plain(tokenizer, text))
+    return found
 
 
 def _specials(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -8,7 +8,7 @@ import torch
 import paretune
 import tiny
 import work
-from paretune import phases, processors, ranking, seams, surgery, training
+from paretune import backbones, phases, processors, ranking, seams, surgery, training
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.readouts.choices import Choices
@@ -136,3 +136,27 @@ def test_what_it_refuses():
     with pytest.raises(Incompatible, match="leaves 0 for a row"):
         fitted("gpt2", template="a " * 70 + "{text}\n{label}")
     assert isinstance(task.kind, Classification) and seams.readout(fitted("gpt2")[0]) == Choices(words=WORDS)
+
+
+def test_a_template_s_line_break_stands_in_a_recipe():
+    method = Choices(template="{text}\n\\n {label}")
+    assert "\n" not in repr(method) and paretune.parse(repr(method)) == method
+    assert paretune.parse(r'choices(template="Review: {text}\nSentiment: {label}")') == Choices(template="Review: {text}\nSentiment: {label}")
+
+
+@pytest.mark.parametrize("name", ["books-gpt2", "stories260K"])
+def test_a_real_tokenizer_and_model(name, shared_data):
+    """Template and row are read as one text would be, and scores are those of a plain call on it."""
+    found, task = backbones.find(str(shared_data / "checkpoints" / name)), work.text_task()
+    model = phases.shrink(backbones.load(found, task, speaks=True), Choices(template="{text}\nIt was {label}"), task)
+    plain, tokenizer = backbones.load(found, task, speaks=True), processors.get(model)
+    row = {"text": "There was a little dog who liked to play in the garden."}
+    wanted = []
+    for label in task.labels:
+        prompt = tokenizer(f"{row['text']}\nIt was")["input_ids"]
+        whole = tokenizer(f"{row['text']}\nIt was {label}")["input_ids"]
+        assert whole[: len(prompt)] == prompt
+        with torch.no_grad():
+            log_p = plain(input_ids=torch.tensor([whole])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        wanted.append(float(log_p[range(len(whole) - len(prompt)), whole[len(prompt) :]].mean()))
+    assert scores(model, task, [row])[0].tolist() == pytest.approx(wanted, rel=1e-3)

@@ -50,6 +50,9 @@ class InContext(Speaking):
         joint = log_probs.sum(-1)
         return joint.softmax(-1) * patch.calibration if self.calibrate else joint  # W p
 
+    def begins(self) -> bool:
+        return super().begins() and not self.shots
+
     def check(self, model: nn.Module, examples: Examples) -> None:
         super().check(model, examples)
         if getattr(model.config, "is_encoder_decoder", False):
