@@ -81,15 +81,15 @@ def blockwise(x: Tensor, levels: Tensor, *, size: int) -> tuple[Tensor, Tensor]:
 
 
 def nibbles(codes: Tensor) -> Tensor:
-    """Codes (..., n) in 0..15, two to a byte (..., ⌈n / 2⌉), the first one in the high half."""
+    """Codes (..., n) in 0..15, two to a byte (..., ⌈n / 2⌉), the first one in the high half; int8, as all codes are (`packed` says why)."""
     pairs = F.pad(codes.to(torch.uint8), (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2))
-    return pairs[..., 0] << 4 | pairs[..., 1]
+    return (pairs[..., 0] << 4 | pairs[..., 1]).view(torch.int8)
 
 
 def levels_of_nibbles(packed: Tensor, levels: Tensor) -> Tensor:
     """The levels (..., 2n), fp32, that bytes (..., n) of two codes each stand for: one lookup of a pair for each byte."""
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1).float().view(torch.int64).flatten()  # a pair as one word
-    return pairs.to(packed.device).index_select(0, packed.flatten().int()).view(torch.float32).view(*packed.shape[:-1], -1)
+    return pairs.to(packed.device).index_select(0, packed.flatten().view(torch.uint8).int()).view(torch.float32).view(*packed.shape[:-1], -1)
 
 
 @functools.cache
@@ -102,8 +102,8 @@ def normal_float() -> Tensor:
     edge = 0.9677083
     above = torch.special.ndtri(torch.linspace(edge, 0.5, 9)[:-1].double())
     below = -torch.special.ndtri(torch.linspace(edge, 0.5, 8)[:-1].double())
-    levels = torch.cat([above, torch.zeros(1, dtype=torch.float64), below]).sort().values
-    return (levels / levels.max()).float()
+    levels = torch.cat([above, above.new_zeros(1), below]).sort().values.float()
+    return levels / levels.max()
 
 
 @functools.cache
@@ -116,5 +116,5 @@ def dynamic_float() -> Tensor:
     positive: list[float] = []
     for e in range(7):
         steps = torch.linspace(0.1, 1, 2 ** (6 - e) + 1)
-        positive += [10.0**-e * middle for middle in ((steps[:-1] + steps[1:]) / 2).tolist()]
+        positive += (10.0**-e * (steps[:-1] + steps[1:]) / 2).tolist()
     return torch.tensor(sorted([*positive, *(-p for p in positive), 0.0, 1.0]))

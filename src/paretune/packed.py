@@ -2,7 +2,8 @@
 
 A format is a method file that says how a weight (O, I) becomes tensors of codes and scales (`encode`), and what weight those stand
 for (`decode`); where a kernel multiplies with the codes themselves, it says so in `multiply`. The rest is here. Codes are stored
-flat, so that software that does not know them stops at the shape.
+flat, so that software that does not know them stops at the shape, and as int8, since T5 asks a weight for its number format and
+would bring its hidden states to any other.
 
 Gradients go through a packed map to its input, x ↦ Wᵀ ∂L/∂y with the W that the codes stand for, dequantized again in the backward
 pass and never kept, so that adapters learn on a base that stays small (Dettmers et al. 2023, arXiv:2305.14314, equation 5).
@@ -33,7 +34,8 @@ class Packing(Transform):
     """A transform that packs linear maps, and with a knob `embeddings` the token embedding, into its format."""
 
     carries: ClassVar[bool] = False  # may adapters be trained on what it packed?
-    embeddings: bool = False  # type: ignore[assignment]
+    error: ClassVar[float]  # of a map: ‖Ŵ − W‖ ≤ error · ‖W‖ for weights that are spread about normally
+    embeddings: bool = False  # does it pack the token embedding, too? a format may have a knob of this name
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """The tensors, by name, that stand for a weight (O, I); their shapes and number formats depend on its shape alone."""

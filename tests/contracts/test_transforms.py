@@ -12,8 +12,9 @@ import paretune  # noqa: F401 - lets transformers open our folders
 import steps
 import tiny
 import work
-from paretune import inference, phases, processors, registry, store, surgery
+from paretune import anatomy, inference, phases, processors, registry, store, surgery
 from paretune.errors import Incompatible
+from paretune.packed import Packed, Packing, unpack
 from paretune.roles import Trail, Transform
 
 CASES = [(registry.get(name)(), family) for name in registry.names("transform") for family in tiny.FAMILIES]
@@ -110,6 +111,13 @@ def test_the_error_is_bounded(method, family):
     before, after = changed(method, family)
     wanted, found = outputs(before, family), outputs(after, family)
     assert found.isfinite().all() and found.shape == wanted.shape
+    if isinstance(method, Packing):  # each map as near as its format says, and the model that of the maps' own values
+        for path, module in ((p, m) for p, m in after.named_modules() if isinstance(m, Packed)):
+            weight = anatomy.weight(before.get_submodule(path))
+            assert (module.dequantized() - weight).norm() <= method.error * weight.norm(), path
+        plain = copy.deepcopy(after)
+        assert unpack(plain)
+        wanted = outputs(plain, family)
     if not _needs_adapter(method) and method.follow(Trail()).weights != "float":
         assert (found - wanted).norm() <= LOSSY * wanted.norm()
 

@@ -47,6 +47,8 @@ class Int8(Packing):
         "The task's head, tied outputs and convolutions stay float.",
     )
 
+    error = 0.01
+
     embeddings: bool = knob(True, "store the token embedding in int8, too, with a scale per token")
     mode: str = knob("dynamic", "where the range of a map's inputs comes from: each token, or training examples", choices=("dynamic", "static"))
     calibration: str = knob("minmax", "static: the range from the examples' inputs", choices=("minmax", "percentile", "entropy"))
