@@ -163,7 +163,9 @@ def written(model: nn.Module, plain: nn.Module, folder: Path) -> str:
 OWN = [n for n in registry.names("adapter") if n not in ("lora", "dora", "ia3", "prefix", "ptuning", "surgical")]  # surgical asks for a block
 
 
-@pytest.mark.parametrize("recipe", [*OWN, "lora(r=2) + ia3", "lora(r=2) | adapter", 'lora(targets="classifier")', "lora(r=2) + full", "prefix", "ptuning", 'surgical(blocks="0")'])
+@pytest.mark.parametrize("recipe", [
+    *OWN, 'surgical(blocks="0")', "prefix", "ptuning", "lora(r=2) + ia3", "lora(r=2) | adapter", "lora(r=2) + full", 'lora(targets="classifier")',
+])  # fmt: skip
 def test_what_peft_has_not_is_written_under_our_own_name(recipe: str, tmp_path: Path) -> None:
     plain = backbone("bert")
     model = adapted(plain, recipe)

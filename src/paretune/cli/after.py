@@ -150,7 +150,7 @@ _WRITERS: dict[str, Callable[[Iterator[dict[str, Any]], IO[str]], int]] = {".csv
 def export(folder: str, to: str, *, target: str) -> None:
     """Writes the model of a finished RUN for others.
 
-    That is a Hugging Face folder, or a PEFT adapter folder where the format has the method.
+    That is a Hugging Face folder, or an adapter folder in PEFT's format, which of a method that PEFT has not only paretune reads.
     """
     from paretune import flow
 
