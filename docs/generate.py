@@ -22,7 +22,7 @@ ROLES = {
     "readout": ("Readouts", "How an answer is read where that is not a trained head."),
     "recipe": ("Named recipes", "A name for a recipe line; it is expanded before anything else happens."),
 }
-SHOWN = {"modifier": "full + {}", "transform": "full | {}", "readout": "full | {}"}
+SHOWN = {"modifier": "full + {}", "transform": "full | {}"}
 HEAD = """# The catalogue
 
 Every method the library has, as its own file tells it: `paretune methods` lists them in the terminal, `paretune methods NAME` shows one.

@@ -49,7 +49,7 @@ class Ranked(Patch):
     """Around a language model's call: a row's tokens become a prompt, and answers are scored behind it.
 
     Tensors: `before` and `after`, the tokens around a row; `special`, tokens of a row to leave out; `answers` (C, L), those of
-    every row; `room`, how many tokens of a row fit; and what the readout adds.
+    every row; `room`, how many tokens of a row (and, in a decoder, of its longest answer) fit; and what the readout adds.
     """
 
     wraps = True
@@ -60,8 +60,10 @@ class Ranked(Patch):
         ids = args[0] if args else kwargs["input_ids"]  # (B, T), or (B, C, T) where rows have answers of their own
         mask = kwargs.get("attention_mask", torch.ones_like(ids)).bool()
         rows, answers = self._split(ids, mask, kwargs.get("answer_mask"))
-        score = _written if self.site.place == "encoder-decoder" else _continued
-        log_probs = score(forward, [self._prompt(row) for row in rows], answers, self.start).masked_fill(answers == NONE, 0.0)
+        written = self.site.place == "encoder-decoder"
+        room = int(self.room) - (0 if written else answers.shape[-1])
+        prompts = [self._prompt(row, room) for row in rows]
+        log_probs = (_written if written else _continued)(forward, prompts, answers, self.start).masked_fill(answers == NONE, 0.0)
         lengths = (answers != NONE).sum(-1)
         return Scores(logits=self.method.read(log_probs, lengths, patch=self), log_probs=log_probs, lengths=lengths)
 
@@ -74,9 +76,9 @@ class Ranked(Patch):
         own = [[choice[of].tolist() for choice, of in zip(choices, of_row, strict=True)] for choices, of_row in zip(ids, marked, strict=True)]
         return rows, padded_answers(own).to(ids.device)
 
-    def _prompt(self, row: list[int]) -> list[int]:
+    def _prompt(self, row: list[int], room: int) -> list[int]:
         left_out = set(self.special.tolist())
-        row = [i for i in row if i not in left_out][: int(self.room)]
+        row = [i for i in row if i not in left_out][:room]
         return [*self.before.tolist(), *row, *self.after.tolist()]
 
 

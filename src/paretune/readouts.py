@@ -66,7 +66,7 @@ class ClassVectors(Readout):
     def fit(self, model: nn.Module, examples: Examples) -> int:
         self.check(model, examples)
         sites = self.sites(model)
-        install(model, self, sites)
+        install(model, self, sites=sites)
         means, n = self.means(model, examples)
         weight, bias = self.vectors(means)
         write(model, weight, bias=bias, readout=self)
@@ -82,7 +82,7 @@ class Offset(Patch):
         return forward(*args, **kwargs) + self.bias
 
 
-def install(model: nn.Module, readout: Readout, sites: Sequence[Site]) -> None:
+def install(model: nn.Module, readout: Readout, *, sites: Sequence[Site]) -> None:
     """Puts a readout's patches on a model, in the place of an earlier readout's. Its values are its own from here on, and nothing learns."""
     surgery.settle(model)
     surgery.freeze(model)

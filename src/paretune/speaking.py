@@ -75,17 +75,19 @@ class Speaking(Readout):
         written = bool(getattr(model.config, "is_encoder_decoder", False))
         front, behind = template = self._halves(tokenizer, text, written=written)
         answers = [self._answer(tokenizer, word, written=written) for word in self.label_words(task)]
-        longest = 0 if written else max(map(len, answers), default=0)
-        room = (training.max_length(model) or 10**6) - len(front) - len(behind) - longest
-        if room < LEAST_ROOM:
-            raise Incompatible(f"{self!r}: its prompt takes {sum(map(len, template))} of the model's tokens and leaves {max(0, room)} for a row; take fewer shots")
+        room = (training.max_length(model) or 10**6) - len(front) - len(behind)
+        left = room - (0 if written else max(map(len, answers), default=0))
+        if left < LEAST_ROOM:
+            raise Incompatible(
+                f"{self!r}: its prompt takes {sum(map(len, template))} of the model's tokens and leaves {max(0, left)} for a row; take fewer shots or words"
+            )
         begin, end = _specials(tokenizer)
         start = [n for n in (getattr(model.config, name, None) for name in ("decoder_start_token_id", "pad_token_id")) if n is not None]
         tensors = {
             "before": _numbers(front), "after": _numbers(behind), "special": _numbers([*begin, *end]), "start": _numbers(start[:1]),
             "answers": padded_answers([answers])[0] if answers else torch.full((0, 0), NONE), "room": torch.tensor(room),
         }  # fmt: skip
-        readouts.install(model, self, [Site(place="encoder-decoder" if written else "decoder", path="")])
+        readouts.install(model, self, sites=[Site(place="encoder-decoder" if written else "decoder", path="")])
         self.ranked(model).hold({n: t.to(model.device) for n, t in tensors.items()})
         return shots
 

@@ -15,6 +15,7 @@ import work
 from paretune import anatomy, flow, inference, phases, processors, registry, runs, seams, surgery, training
 from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA
+from paretune.methods.readouts.choices import Choices
 from paretune.readouts import ClassVectors
 from paretune.recipe import parse
 from paretune.roles import Readout
@@ -169,6 +170,33 @@ def test_a_run_counts_it_as_training_and_answers_new_rows(method, tmp_path):
     assert (exported / "config.json").is_file()
     with pytest.raises(Incompatible, match="export with --to hf"):
         flow.export(run, tmp_path / "peft", to="peft")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", registry.names("adapter"))
+def test_every_adapter_is_ranked_as_it_speaks(name, family):
+    """A prompt's keys and values, kept and repeated for its answers, give what one plain call per answer gives: with every adapter at work."""
+    model = phases.shrink(ready(Choices(), family), Choices(words=("so bad", "fine", "a good film")), work.text_task())
+    torch.manual_seed(0)
+    try:
+        surgery.attach(model, [registry.get(name)()], name="later")
+    except Incompatible:
+        return
+    steps.disturb(model)
+    model.eval()
+    task, readout = work.text_task(), seams.readout(model).ranked(model)
+    (encoding,) = training.encode(task, task.test[:1], model=model)
+    prompt = [*readout.before.tolist(), *encoding["input_ids"], *readout.after.tolist()]
+    with torch.no_grad():
+        found = model(torch.tensor([encoding["input_ids"]]))
+        for k, answer in enumerate(readout.answers.tolist()):
+            answer = [i for i in answer if i >= 0]
+            if family == "t5":
+                given = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([[*readout.start.tolist(), *answer[:-1]]])}
+            else:
+                given = {"input_ids": torch.tensor([prompt + answer[:-1]]), "use_cache": False}
+            log_p = model(**given).logits[0, -len(answer) :].log_softmax(-1)
+            torch.testing.assert_close(found.log_probs[0, k, : len(answer)], log_p[range(len(answer)), answer], rtol=1e-4, atol=1e-4)
 
 
 def test_a_recipe_has_at_most_one():

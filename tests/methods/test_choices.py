@@ -84,6 +84,7 @@ def test_rows_with_choices_of_their_own(family):
     found = scores(model, task, task.test)
     for row, given in zip(task.test, found.tolist(), strict=True):
         assert given == pytest.approx([total / n for total, n in (by_hand(family, row["text"], option) for option in row["options"])], rel=1e-4)
+    assert scores(model, task, [{"text": "film " * 100, "options": ["bad", "a good film"], "right": 0}]).isfinite().all()  # cut to what fits
     surgery.attach(model, [LoRA(r=2)], name="phase_2", on_top=True)
     assert work.fitted(model, task, epochs=1.0, warmup=0.0).steps == 1
 

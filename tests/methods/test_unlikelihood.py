@@ -3,14 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+import paretune
 import work
-from paretune import processors, surgery, training
+from paretune import flow, phases, processors, runs, surgery, training
 from paretune.errors import Incompatible
 from paretune.methods.adapters.ia3 import IA3
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.modifiers.length_norm import LengthNorm
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.methods.modifiers.unlikelihood import Unlikelihood
+from paretune.methods.readouts.choices import Choices
 from paretune.recipe import parse
 from paretune.registry import line_of
 from test_choices import WORDS, by_hand, fitted
@@ -102,3 +104,22 @@ def test_without_answers_they_refuse():
 
 def test_t_few_is_ia3_with_both():
     assert parse("t_few") == IA3() + Unlikelihood() + LengthNorm() and "|" not in line_of("t_few")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_t_few_runs_with_choices_put_first(family, tmp_path):
+    made = work.ready(family, "seq2seq" if family == "t5" else "causal")
+    phases.save_model(made, tmp_path / "backbone")
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in work.text_task(train=60).train))
+    given = paretune.task(rows)
+    ((text, plan),) = flow.plan_frontier(given, backbone=str(tmp_path / "backbone"), recipes=["t_few + schedule(epochs=1, batch=8)"], out=tmp_path / "out")
+    assert [type(phase[0]) for phase in plan.recipe.phases] == [Choices, IA3] and text.startswith("ia3 + unlikelihood + length_norm")
+    run = runs.make(plan, text)
+    assert [phase["role"] for phase in run.record["phases"]] == ["readout", "training"] and run.cost.trainable_parameters > 0
+    assert run.predict(["the film was good"])[0]["label"] in given.labels
+
+
+def test_choices_cannot_come_after_the_losses():
+    with pytest.raises(Incompatible, match="put it first, as in choices"):
+        parse("ia3 + unlikelihood + length_norm | choices")

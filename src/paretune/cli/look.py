@@ -43,7 +43,7 @@ def _example(entry: Entry) -> str:
     """A recipe with this method in it, its first knob written out."""
     knob = next((k for k in entry.knobs if k["default"] is not None), None)
     spelled = f"{entry.name}({knob['name']}={spell_value(knob['default'])})" if knob else entry.name
-    return {"modifier": f"full + {spelled}", "transform": f"full | {spelled}", "readout": f"full | {spelled}"}.get(entry.role, spelled)
+    return {"modifier": f"full + {spelled}", "transform": f"full | {spelled}"}.get(entry.role, spelled)
 
 
 def _card(entry: Entry) -> Iterator[str]:
