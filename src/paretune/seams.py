@@ -82,7 +82,7 @@ class Seam(nn.Module):
         names = self._serving()
         for adapter, key in self.captures:
             if adapter in names:
-                _waiting.__dict__[key] = _first_input(args, kwargs)
+                _waiting.inputs[key] = _first_input(args, kwargs)
         patches = [(a, p) for a, _, p in self.patches(names) if not isinstance(p, Selected)]
         reweighing = [p for _, p in patches if p.reweighs]
         if reweighing:
@@ -116,9 +116,9 @@ class Seam(nn.Module):
         out = forward(*args, **kwargs)
         y = out[0] if isinstance(out, tuple) else out
         for (adapter, patch), x in zip(working, reversed(inputs[:-1]), strict=True):
-            y = self._applied(adapter, patch, _waiting.__dict__.get(capture_key(patch.site), x), y)
+            y = self._applied(adapter, patch, _waiting.inputs.get(capture_key(patch.site), x), y)
         for _, patch in working:
-            _waiting.__dict__.pop(capture_key(patch.site), None)
+            _waiting.inputs.pop(capture_key(patch.site), None)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _applied(self, adapter: str, patch: Patch, x: Tensor, y: Any) -> Any:
@@ -155,14 +155,23 @@ def _plus(whole: Tensor, change: Tensor, rows: Tensor | None) -> Tensor:
     return whole + change if rows is None else whole.index_add(0, rows, change)
 
 
-def _reweighed(forward: Callable[..., Any], patches: Sequence[Patch]) -> Callable[..., Any]:
+def _reweighed(plain: Callable[..., Any], patches: Sequence[Patch]) -> Callable[..., Any]:
     """The same forward on a stand-in that has the effective values; the module itself stays as it is, for other threads to run."""
-    module = forward.__self__  # type: ignore[attr-defined]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _on_stand_in(plain, patches, args, kwargs)
+
+    return forward
+
+
+@torch.compiler.disable  # it would not know the stand-in for a module
+def _on_stand_in(plain: Callable[..., Any], patches: Sequence[Patch], args: tuple, kwargs: dict[str, Any]) -> Any:
+    module = plain.__self__  # type: ignore[attr-defined]
     base = base_of(module)
     stand_in = base.__new__(base)
     with torch.autocast(module.weight.device.type, enabled=False):
         stand_in.__dict__.update(module.__dict__ | effective(module, patches))
-    return types.MethodType(forward.__func__, stand_in)  # type: ignore[attr-defined]
+    return types.MethodType(plain.__func__, stand_in)(*args, **kwargs)  # type: ignore[attr-defined]
 
 
 def contiguous(rows: tuple[int, ...]) -> bool:
@@ -190,7 +199,12 @@ def _with_first_input(args: tuple, kwargs: dict[str, Any], x: Any) -> tuple[tupl
 
 # A parallel adapter reads the input of its block's first module and writes to the output of its last. Between the two,
 # within one forward pass of one thread (DataParallel runs one thread per replica), the input waits here.
-_waiting = threading.local()
+class _Waiting(threading.local):
+    def __init__(self) -> None:
+        self.inputs: dict[str, Any] = {}
+
+
+_waiting = _Waiting()
 
 
 def capture_key(site: Site | None) -> str:

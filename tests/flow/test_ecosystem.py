@@ -26,8 +26,11 @@ from paretune import surgery
 from paretune.methods.adapters.adapter import Adapter
 from paretune.methods.adapters.compacter import Compacter
 from paretune.methods.adapters.lora import LoRA
+from paretune.methods.adapters.mask import Mask
+from paretune.methods.adapters.prefix import Prefix
+from paretune.methods.adapters.prompt import Prompt
 
-METHODS = [LoRA(r=2), Adapter(bottleneck=4, form="parallel", norms=False), Compacter(bottleneck=8, norms=False)]
+METHODS = [LoRA(r=2), Adapter(bottleneck=4, form="parallel", norms=False), Compacter(bottleneck=8, norms=False), Prefix(length=3), Prompt(length=3)]
 ROWS = [{"input_ids": [0, 5 + i, 6 + i % 4, 2], "attention_mask": [1, 1, 1, 1], "labels": i % 3} for i in range(12)]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.spelling())
 
@@ -98,12 +101,13 @@ def test_a_pipeline_answers_as_the_model(method):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_a_compiled_model_has_the_same_outputs_and_gradients():
-    """Traced whole, without a break; the backend that runs the traced graph as it is spares the tests a C++ compiler."""
+@pytest.mark.parametrize("method, whole", [(METHODS[0], True), (METHODS[1], True), (METHODS[3], True), (METHODS[4], False), (Mask(targets="query"), False)], ids=str)
+def test_a_compiled_model_has_the_same_outputs_and_gradients(method, whole):
+    """Traced whole, or with breaks where a method says so; the backend that runs the traced graph as it is spares the tests a C++ compiler."""
     found = []
     for compiled in (False, True):
-        model = adapted(LoRA(r=2), head=True)
-        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        model = adapted(method, head=True)
+        run = torch.compile(model, fullgraph=whole, backend="aot_eager") if compiled else model
         loss = F.cross_entropy(run(**tiny.inputs("bert")).logits, torch.tensor([0, 1, 2]))
         loss.backward()
         found.append({"": loss.detach()} | {n: p.grad for n, p in steps.learning(model).items()})
