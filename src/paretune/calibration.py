@@ -72,14 +72,17 @@ def gate_gradients(model: nn.Module, paths: Sequence[str], *, batches: Sequence[
     found: dict[str, list[Tensor]] = {path: [] for path in paths}
     gates: dict[str, Tensor] = {}
 
+    rows = 0
+
     def open_gate(path: str, x: Tensor) -> Tensor:
         if path not in gates:  # layers that share their modules share the gate
-            gates[path] = torch.ones(len(x), 1, x.shape[-1], dtype=x.dtype, device=x.device, requires_grad=True)
-        return x * gates[path]
+            gates[path] = torch.ones(rows, 1, x.shape[-1], dtype=x.dtype, device=x.device, requires_grad=True)
+        return (x.reshape(rows, -1, x.shape[-1]) * gates[path]).view_as(x)  # some models flatten (B, T, I) to (B·T, I)
 
     with at_inputs(model, paths, open_gate):
         for batch in batches:
             gates.clear()
+            rows = len(next(iter(batch.values())))
             with torch.enable_grad():
                 loss, _ = kind.loss(model(**kind.inputs(batch)), batch)
                 gradients = torch.autograd.grad(loss, list(gates.values()))

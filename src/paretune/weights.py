@@ -62,8 +62,8 @@ def require_bare(model: nn.Module, paths: Sequence[str], *, by: Method) -> None:
 
 @torch.no_grad()
 def cut(module: Any, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """Keeps these output features (rows) and input features (columns) of a plain linear map; None keeps all."""
-    weight, bias = anatomy.weight(module), module.bias
+    """Keeps these output features (rows) and input features (columns) of a plain linear map, or of a table; None keeps all."""
+    weight, bias = anatomy.weight(module), getattr(module, "bias", None)
     if rows is not None:
         weight, bias = weight[rows], None if bias is None else bias[rows]
     if columns is not None:
@@ -74,16 +74,15 @@ def cut(module: Any, *, rows: Tensor | None = None, columns: Tensor | None = Non
     module.weight = nn.Parameter((weight.T if transposed else weight).contiguous(), requires_grad=learns)
     if bias is not None:
         module.bias = nn.Parameter(bias.clone(), requires_grad=module.bias.requires_grad)
-    if transposed:
-        module.nf, module.nx = out, inside
-    else:
-        module.out_features, module.in_features = out, inside
+    names = ("num_embeddings", "embedding_dim") if isinstance(module, nn.Embedding) else ("nf", "nx") if transposed else ("out_features", "in_features")
+    setattr(module, names[0], out)
+    setattr(module, names[1], inside)
 
 
 def resize(module: nn.Module, sizes: dict[str, int]) -> None:
     """Brings a module that was just built from its config to the sizes that the config does not say, before its values are loaded.
 
-    `out` and `in` are the features of a linear map; every other name is an attribute. They stay on the module as `resized`.
+    `out` and `in` are the rows and columns of a weight; every other name is an attribute. They stay on the module as `resized`.
     """
     if "out" in sizes:
         device = module.weight.device  # type: ignore[union-attr]
@@ -92,6 +91,13 @@ def resize(module: nn.Module, sizes: dict[str, int]) -> None:
         if name in module.__dict__:
             setattr(module, name, value)
     mark(module, sizes)
+
+
+def cut_and_mark(module: nn.Module, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    """`cut`, where the config cannot say the new sizes."""
+    cut(module, rows=rows, columns=columns)
+    out, inside = anatomy.weight(module).shape
+    mark(module, {"out": out, "in": inside})
 
 
 def mark(module: nn.Module, sizes: dict[str, int]) -> None:

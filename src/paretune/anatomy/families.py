@@ -42,6 +42,7 @@ class Stack:
     layers: str
     places: Mapping[str, Place]
     counter: str | None = "num_hidden_layers"  # None where layers share their weights, so that none can be dropped
+    inner: str = "intermediate_size"  # the config field with the width of the feed-forward block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _gpt2() -> Family:
         "attention_norm": "ln_1",
         "ffn_norm": "ln_2",
     }
-    return Family((Stack("decoder", "h", places, "n_layer"),), Positions(("wpe",), "n_positions"))
+    return Family((Stack("decoder", "h", places, "n_layer", "n_inner"),), Positions(("wpe",), "n_positions"))
 
 
 def _gpt_neox() -> Family:
@@ -199,8 +200,8 @@ def _bart() -> Family:
         "cross.attention_block": Block("encoder_attn", "encoder_attn"),
         "cross.attention_norm": "encoder_attn_layer_norm",
     }
-    encoder = Stack("encoder", "encoder.layers", _FAIRSEQ, "encoder_layers")
-    decoder = Stack("decoder", "decoder.layers", {**_FAIRSEQ, **cross}, "decoder_layers")
+    encoder = Stack("encoder", "encoder.layers", _FAIRSEQ, "encoder_layers", "encoder_ffn_dim")
+    decoder = Stack("decoder", "decoder.layers", {**_FAIRSEQ, **cross}, "decoder_layers", "decoder_ffn_dim")
     return Family((encoder, decoder), Positions(("encoder.embed_positions?", "decoder.embed_positions?"), offset=2))
 
 
@@ -225,8 +226,8 @@ def _t5_ffn(path: str) -> dict[str, Place]:
 def _t5() -> Family:
     own = _t5_sublayer("layer.0", "SelfAttention")
     cross = _t5_sublayer("layer.1", "EncDecAttention", "cross.")
-    encoder = Stack("encoder", "encoder.block", {**own, **_t5_ffn("layer.1")}, "num_layers")
-    decoder = Stack("decoder", "decoder.block", {**own, **cross, **_t5_ffn("layer.2")}, "num_decoder_layers")
+    encoder = Stack("encoder", "encoder.block", {**own, **_t5_ffn("layer.1")}, "num_layers", "d_ff")
+    decoder = Stack("decoder", "decoder.block", {**own, **cross, **_t5_ffn("layer.2")}, "num_decoder_layers", "d_ff")
     return Family((encoder, decoder), Positions(field=None))
 
 
@@ -253,7 +254,7 @@ def _distilbert() -> Family:
         "attention_norm": "sa_layer_norm",
         "ffn_norm": "output_layer_norm",
     }
-    return Family((Stack("encoder", "transformer.layer", places, "n_layers"),), Positions(("embeddings.position_embeddings",)))
+    return Family((Stack("encoder", "transformer.layer", places, "n_layers", "hidden_dim"),), Positions(("embeddings.position_embeddings",)))
 
 
 def _albert() -> Family:
@@ -287,7 +288,7 @@ FAMILIES: dict[str, Family] = {
     "albert": _albert(),
     "gpt2": _gpt2(),
     "gpt_neox": _gpt_neox(),
-    "opt": Family((Stack("decoder", "decoder.layers", _FAIRSEQ),), Positions(("decoder.embed_positions",), offset=2)),
+    "opt": Family((Stack("decoder", "decoder.layers", _FAIRSEQ, inner="ffn_dim"),), Positions(("decoder.embed_positions",), offset=2)),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _llama()),
     "gemma2": _gemma2(),
     "phi": _phi(),

@@ -1,0 +1,96 @@
+"""How wide the parts of a layer are: the neurons of feed-forward blocks, the heads of attention, and where configs say so."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from paretune.anatomy.sites import Site, resolve
+from paretune.anatomy.structure import family, model_type
+
+_HEAD_SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim")  # attributes of attention modules, by family
+_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
+_WIDTHS = ("all_head_size", "split_size", "inner_dim")
+_BIAS = "relative_attention_bias"  # T5's table of position biases, with a column per head, which all layers of a stack read
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForward:
+    """One feed-forward block: neuron j is row j of each map into it and column j of `down`."""
+
+    into: tuple[Site, ...]  # up, and gate where there is one
+    down: Site
+    field: str  # the config field with its width, the same for all blocks of a stack
+
+    @property
+    def width(self) -> int:
+        """How many neurons it has."""
+        return self.down.in_features
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """One attention: groups of heads that share their keys and values; where each query head has its own, a group is one head."""
+
+    path: str  # the module that computes it
+    query: Site
+    key: Site
+    value: Site
+    output: Site
+    size: int  # features of a head
+    table: str | None  # the path of the table of position biases that it shares with its stack's other attentions
+
+    @property
+    def groups(self) -> int:
+        """How many groups there are."""
+        return self.key.out_features // self.size
+
+    @property
+    def heads(self) -> int:
+        """How many query heads there are."""
+        return self.query.out_features // self.size
+
+
+def feed_forwards(model: nn.Module) -> list[FeedForward]:
+    """The feed-forward blocks, layer by layer."""
+    fields = {stack.name: stack.inner for stack in family(model).stacks}
+    blocks: dict[tuple[Any, Any], list[Site]] = {}
+    for site in resolve(model, "ffn", kind="linear"):
+        blocks.setdefault((site.stack, site.layer), []).append(site)
+    return [
+        FeedForward(tuple(s for s in sites if s.place != "down"), next(s for s in sites if s.place == "down"), fields[stack])
+        for (stack, _), sites in blocks.items()
+    ]
+
+
+def attentions(model: nn.Module) -> list[Attention]:
+    """The attentions, layer by layer; none of a family whose attention modules do not say the size of a head."""
+    found: dict[tuple[Any, Any, bool], dict[str, Site]] = {}
+    for site in resolve(model, "attention", kind="linear"):
+        found.setdefault((site.stack, site.layer, site.cross), {})[site.place] = site
+    made, tables = [], {}
+    for (stack, _, cross), places in found.items():
+        path = places["query"].path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if isinstance(getattr(module, _BIAS, None), nn.Embedding):
+            tables[stack] = f"{path}.{_BIAS}"  # in a stack's first layer
+        size = next((v for n in _HEAD_SIZE if isinstance(v := getattr(module, n, None), int)), None)
+        if size:
+            query, key, value, output = (places[p] for p in ("query", "key", "value", "output"))
+            made.append(Attention(path, query, key, value, output, size, None if cross else tables.get(stack)))
+    return made
+
+
+def head_attributes(module: nn.Module, *, heads: int, size: int) -> dict[str, int]:
+    """The attributes of an attention module that say how many heads it has, with their values for so many."""
+    values = dict.fromkeys(_COUNTS, heads) | dict.fromkeys(_WIDTHS, heads * size)
+    return {name: value for name, value in values.items() if name in module.__dict__}
+
+
+def set_field(model: nn.Module, field: str, value: int) -> None:
+    """Sets a field of the model's config, and of those that its stacks have for themselves."""
+    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+        if hasattr(config, field) and getattr(config, "model_type", None) == model_type(model):
+            setattr(config, field, value)
