@@ -169,7 +169,8 @@ def _on_stand_in(plain: Callable[..., Any], patches: Sequence[Patch], args: tupl
     module = plain.__self__  # type: ignore[attr-defined]
     base = base_of(module)
     stand_in = base.__new__(base)
-    with torch.autocast(module.weight.device.type, enabled=False):
+    kind = module.weight.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
         stand_in.__dict__.update(module.__dict__ | effective(module, patches))
     return types.MethodType(plain.__func__, stand_in)(*args, **kwargs)  # type: ignore[attr-defined]
 
@@ -324,6 +325,12 @@ def seams_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Seam]]:
         seam = seam_of(module)
         if isinstance(seam, Seam):
             yield path, module, seam
+
+
+def shared_by(model: nn.Module, adapter: str, *, method: Adapter) -> nn.Module | None:
+    """What the patches of an adapter's method share, if they share anything."""
+    seam = seam_of(model)
+    return next((m for _, _, m in seam.shared([adapter]) if m.method == method), None) if seam else None
 
 
 @torch.no_grad()

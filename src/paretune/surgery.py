@@ -77,7 +77,7 @@ def _check_name(name: str, here: State) -> None:
 
 def share(model: nn.Module, name: str, method: Adapter) -> None:
     """Puts what the patches of a method share at the seam of the whole model, where no dropped layer takes it along."""
-    module = method.shared(model)
+    module = None if seams.shared_by(model, name, method=method) else method.shared(model)
     if module is not None:
         module.method = method
         module.to(next(model.parameters()).device).train(model.training)
@@ -87,9 +87,9 @@ def share(model: nn.Module, name: str, method: Adapter) -> None:
 def install(model: nn.Module, name: str, method: Adapter, site: Site, *, key: str | None = None) -> Patch:
     """Puts one patch of a method at one site; `attach` does it for all, and checks first."""
     patch = method.patch(site)
-    module, root = model.get_submodule(site.path), seams.seam_of(model)
+    module = model.get_submodule(site.path)
     patch.method = method
-    patch.borrow(next((m for _, _, m in root.shared([name]) if m.method == method), None) if root else None)
+    patch.borrow(seams.shared_by(model, name, method=method))
     patch.to(next(model.parameters()).device).train(module.training)
     seams.open_seam(module, working=True).add(name, key or method.spelling(), patch)
     waits = seams.capture_key(site)

@@ -362,6 +362,13 @@ def test_a_shared_tensor_is_one_in_training_copies_and_files(shifted, tmp_path):
     assert torch.equal(steps.logits(shifted, "bert"), wanted)
 
 
+def test_a_method_named_twice_shares_once(shifted):
+    model = adapted(Shifted(), Shifted(), head=False)
+    assert surgery.count(model) == (16 + 4, 0)
+    steps.loss(model, "bert").backward()
+    assert all(p.grad is not None for p in steps.learning(model).values())
+
+
 def test_a_settled_patch_keeps_what_it_said_and_is_saved_so(shifted, tmp_path):
     wanted = steps.logits(shifted, "bert")
     surgery.freeze(shifted)

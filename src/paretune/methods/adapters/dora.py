@@ -33,10 +33,11 @@ class DoRA(Adapter):
         arxiv="2402.09353",
         equation="W' = m ⊙ (W + s B A) / ‖W + s B A‖",
         lowers="E",
-        why="As few parameters as LoRA; but each step forms W' whole, so a step costs more than LoRA's. Merged, inference costs nothing more.",
+        why="As few parameters as LoRA; but each step forms W' whole, so it takes longer than LoRA's. Merged, inference costs nothing more.",
         lr=3e-3,
         exact_at_start=True,
-        note="m is trained as its difference from ‖W‖, which gives the same steps. The map is computed with W' itself, so the inputs of A have no dropout.",
+        note="m is trained as its difference from ‖W‖, which gives the same steps. The map is computed with W', so A's inputs have no dropout. "
+        "Measured on every linear map of a model of MiniLM's size, 32 texts of 32 tokens, one thread: a step takes 1.07 times full fine-tuning's; LoRA's 0.90.",
     )
     reweighs = True
 

@@ -32,10 +32,11 @@ class Mask(Adapter):
         arxiv="2004.12406",
         equation="W' = W ⊙ 1[s > τ]",
         lowers="E",
-        why="A task costs one bit per weight to store, a 32nd of a fine-tuned copy; a training step costs more than full fine-tuning's.",
+        why="A task costs one bit per weight to store, a 32nd of a fine-tuned copy; a training step costs what full fine-tuning's does.",
         lr=1e-3,
         exact_at_start=True,
-        note="The paper starts with 3 to 10 % of the weights switched off at random; here all are on. Scores are kept in checkpoints, bits after the phase.",
+        note="The paper starts with 3 to 10 % of the weights switched off at random; here all are on. Scores are kept in checkpoints, bits after the phase. "
+        "Measured on a model of MiniLM's size, 32 texts of 32 tokens, one thread: a step takes 0.98 times full fine-tuning's. Merge it for inference.",
     )
     reweighs = True
 
