@@ -26,6 +26,9 @@ from paretune import arithmetic, backbones, flow, inference, peft_format, phases
 from paretune.errors import BackboneError, Incompatible, StoreError, TargetError
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
+from paretune.methods.adapters.prefix import Prefix
+from paretune.methods.adapters.prompt import Prompt
+from paretune.methods.adapters.ptuning import PTuning
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.methods.transforms.int8 import Int8
 from paretune.methods.transforms.keep_layers import KeepLayers
@@ -181,6 +184,53 @@ def test_a10_training_what_is_frozen_is_an_error(tmp_path):
     assert steps.learning(pt.read_peft(steps.model("bert"), tmp_path)), "what PEFT wrote is read ready to train"
 
 
+ROWS = [{"input_ids": [0, 5 + i, 2], "attention_mask": [1, 1, 1], "labels": i % 3} for i in range(6)]
+PROMPTS = pytest.mark.parametrize("method", [Prefix(length=3), Prompt(length=3), PTuning(length=3)], ids=lambda m: m.spelling())
+
+
+def settings(folder, **more):
+    return transformers.TrainingArguments(folder, report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no", **more)
+
+
+@PROMPTS
+def test_a11_prompts_are_resumed_continued_and_removed_like_any_adapter(method, tmp_path):
+    """Prompt-type adapters cannot be resumed; deleting and merging them raises unrelated errors."""
+
+    def fresh():
+        model = work.ready("bert")
+        torch.manual_seed(3)
+        surgery.attach(model, [method])
+        return model
+
+    straight, again = fresh(), fresh()
+    transformers.Trainer(straight, settings(tmp_path, max_steps=3, save_steps=1), train_dataset=ROWS).train()
+    trainer = transformers.Trainer(again, settings(tmp_path, max_steps=3, save_steps=1), train_dataset=ROWS)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, tensor in steps.tensors(again).items():
+        torch.testing.assert_close(tensor, straight.state_dict()[name], rtol=1e-6, atol=1e-7)
+    loaded = pt.load(str(saved(straight, tmp_path / "whole")), work.text_task())
+    assert not steps.learning(loaded)
+    pt.thaw(loaded)
+    assert steps.learning(loaded).keys() == steps.learning(straight).keys()
+    with pytest.raises(Incompatible, match="cannot be folded"):
+        pt.merge(loaded)
+    pt.remove(loaded, "default")
+    assert steps.same(steps.tensors(loaded), steps.tensors(work.ready("bert")))
+
+
+@PROMPTS
+def test_a12_prompts_work_with_caches_and_checkpointing(method, tmp_path):
+    """Prefix tuning broken by each change of the caches; not with gradient checkpointing."""
+    model = adapted(method, family="llama", kind="causal", head=False).eval()
+    cached, without = (model.generate(**tiny.inputs("llama"), use_cache=c, max_new_tokens=5, min_new_tokens=5, do_sample=False) for c in (True, False))
+    assert torch.equal(cached, without)
+    model = work.ready("llama")
+    surgery.attach(model, [method])
+    before = steps.parameters(model)
+    transformers.Trainer(model, settings(tmp_path, max_steps=2, activation_checkpointing=True, save_strategy="no"), train_dataset=ROWS).train()
+    assert all(not torch.equal(p, before[n]) for n, p in steps.learning(model).items())
+
+
 def test_a13_a_bf16_backbone_computes_in_bf16_and_trains_in_fp32():
     """dtype surprise: fp32 adapters on a bf16 base."""
     model = steps.model("bert").to(torch.bfloat16)
@@ -197,12 +247,8 @@ def test_a14_gradient_checkpointing_moves_lora(reentrant, tmp_path):
     """Gradient checkpointing leaves LoRA at zero."""
     model = steps.model("bert")
     surgery.attach(model, [LoRA(r=2)])
-    rows = [{"input_ids": [0, 5 + i, 2], "attention_mask": [1, 1, 1], "labels": i % 3} for i in range(6)]
-    settings = transformers.TrainingArguments(
-        tmp_path, max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_strategy="no",
-        activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant},
-    )  # fmt: skip
-    transformers.Trainer(model, settings, train_dataset=rows).train()
+    how = settings(tmp_path, max_steps=2, save_strategy="no", activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    transformers.Trainer(model, how, train_dataset=ROWS).train()
     assert all(p.any() for n, p in steps.learning(model).items() if n.endswith(".B"))
 
 
@@ -333,13 +379,14 @@ def test_a29_a_reloaded_model_answers_the_same(tmp_path):
 
 
 def test_a30_counts_are_of_numbers_and_not_of_bytes():
-    """Parameter counts of quantized models wrong."""
-    plain = steps.model("bert")
+    """Parameter counts of 4-bit models wrong."""
+    plain, packed = steps.model("bert"), work.ready("bert")
+    phases.shrink(packed, registry.get("nf4")(), work.text_task())
     with torch.device("meta"):
         empty = type(plain)(plain.config)
-    for model in (plain, empty):
+    for model in (plain, packed, empty):
         surgery.attach(model, [LoRA(r=2)], head=False)
-    assert surgery.count(plain) == surgery.count(empty) == (2 * 4 * 2 * (16 + 16), 0)
+    assert surgery.count(plain) == surgery.count(packed) == surgery.count(empty) == (2 * 4 * 2 * (16 + 16), 0)
 
 
 # --- T: trainers and serving ------------------------------------------------------------------------------------------------------
