@@ -1,7 +1,7 @@
 """Packed weights: one module for a linear map, one for an embedding, and the transform that puts them there.
 
 A format is a method file that says how a weight (O, I) becomes tensors of codes and scales (`encode`), and what weight those stand
-for (`decode`); where a kernel multiplies with the codes themselves, it says so in `multiply`. The rest is here. Codes are stored
+for (`decode`); where a kernel multiplies with the codes themselves, `kernel` or `multiply` calls it. The rest is here. Codes are stored
 flat, so that software that does not know them stops at the shape, and as int8, since T5 asks a weight for its number format and
 would bring its hidden states to any other.
 
@@ -34,6 +34,7 @@ class Packing(Transform):
     """A transform that packs linear maps, and with a knob `embeddings` the token embedding, into its format."""
 
     carries: ClassVar[bool] = False  # may adapters be trained on what it packed?
+    few: ClassVar[int] = 0  # up to how many tokens its kernel beats dequantizing the weight
     error: ClassVar[float]  # of a map: ‖Ŵ − W‖ ≤ error · ‖W‖ for weights that are spread about normally
     embeddings: bool = False  # does it pack the token embedding, too? a format may have a knob of this name
 
@@ -46,11 +47,20 @@ class Packing(Transform):
         raise AssertionError(f"{self!r} does not say what its codes stand for")
 
     def multiply(self, module: PackedLinear, x: Tensor) -> Tensor:
-        """x (..., I) times the weight, plus the bias: (..., O) in the format of x."""
-        return module.dequantized_product(x)
+        """x (..., I) times the weight, plus the bias: (..., O) in the format of x; by the kernel where it is ready, for few tokens."""
+        few = x.device.type == "cpu" and x.numel() <= self.few * module.in_features
+        ready = module.ready() if few else None
+        if ready is None:
+            return module.dequantized_product(x)
+        y = self.kernel(module, x.flatten(0, -2).bfloat16(), ready=ready).view(*x.shape[:-1], module.out_features).to(x.dtype)
+        return y if module.bias is None else y + module.bias.to(x.dtype)
+
+    def kernel(self, module: PackedLinear, x: Tensor, *, ready: Any) -> Tensor:
+        """x (T, I) in bf16 times the weight, by a kernel that is faster than dequantizing for few tokens: (T, O)."""
+        raise AssertionError(f"{self!r} has no kernel")
 
     def prepare(self, module: PackedLinear) -> Any:
-        """What `multiply` needs and the file does not hold, such as the layout of a kernel; made once, `module.ready()` gives it."""
+        """What the kernel needs and the file does not hold, such as a layout of its own; None where it cannot take these shapes."""
         return None
 
     def follow(self, trail: Trail) -> Trail:
@@ -173,7 +183,7 @@ class PackedEmbedding(Packed):
         self.num_embeddings, self.embedding_dim = self.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.dequantized(ids.flatten()).to(self.dtype).view(*ids.shape, -1)  # (B, T, D)
+        return self.dequantized(ids.flatten()).to(self.dtype).view(*ids.shape, self.embedding_dim)  # (B, T, D)
 
     def unpacked(self) -> nn.Module:
         return nn.Embedding(*self.shape, _weight=self.dequantized())

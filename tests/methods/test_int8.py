@@ -15,7 +15,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import paretune  # noqa: F401
 import tiny
-from paretune import surgery
+import work
+from paretune import phases, ranges, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.transforms import int8
@@ -242,3 +243,64 @@ def test_a_real_model_keeps_its_directions():
     cosine = torch.cosine_similarity((run(model, batch) * mask).sum(1), exact)
     assert cosine.min() > 0.995
     assert sum(t.numel() * t.element_size() for t in model.state_dict().values()) < 0.27 * before
+
+
+def static(rule="minmax", **knobs):
+    model = work.ready("bert")
+    phases.shrink(model, Int8(mode="static", calibration=rule, **knobs), work.task("bert"))
+    return model
+
+
+def test_static_ranges_are_those_of_the_examples():
+    """Each map's range holds zero and every input that its examples bring; the model then quantizes with that alone."""
+    model, method = static(examples=24), Int8(mode="static")
+    first = model.bert.encoder.layer[0].attention.self.query
+    plain, seen = work.ready("bert"), []
+    plain.bert.encoder.layer[0].attention.self.query.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    task, processor = work.task("bert"), work.processor("bert")
+    with torch.no_grad():
+        plain(**{k: v for k, v in task.kind.collate(task.encode(task.train, processor, config=plain.config), processor).items() if k != "labels"})
+    low, high = first.range.tolist()
+    inside = seen[0][~seen[0].isnan()]
+    assert low == pytest.approx(float(inside.min()), rel=0.05) and high == pytest.approx(float(inside.max()), rel=0.05)
+    x = torch.tensor([[low, 0.0, high, *[0.1] * 13], [low * 5, 0.0, high * 5, *[0.1] * 13]])
+    if int8.levels_here() == 255:
+        step = (high - low) / 255
+        u = ((x - low) / step + 0.5).clamp(0, 255).floor()
+        assert u.max() == 255 and u.min() == 0
+        torch.testing.assert_close(first(x), nn.functional.linear(low + step * u, first.dequantized(), first.bias), rtol=1e-4, atol=1e-4)
+    assert method.needs_examples and not Int8().needs_examples
+
+
+@pytest.mark.parametrize("rule", ["minmax", "percentile", "entropy"])
+def test_static_models_answer_as_dynamic_ones(rule, tmp_path):
+    model = static(rule)
+    inputs = tiny.inputs("bert")
+    wanted = run(model, inputs)
+    assert relative(wanted, run(tiny.model("bert"), inputs)) < 0.25
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(run(loaded, inputs), wanted)
+    ranges = [m.range for m in loaded.modules() if hasattr(m, "range")]
+    assert len(ranges) == 12 and all(r[0] <= 0 < r[1] for r in ranges)
+    assert all(m.watch is None for m in model.modules() if isinstance(m, PackedLinear))
+
+
+def test_static_without_examples_is_refused():
+    with pytest.raises(Incompatible, match="training examples"):
+        phases.shrink(work.ready("bert"), Int8(mode="static"))
+
+
+def test_rules_leave_out_rare_inputs_and_keep_even_ones():
+    span, even = torch.tensor([-1.0, 1.0]), torch.ones(ranges.BINS)
+    far = (1e6 * torch.exp(-(torch.linspace(-1, 1, ranges.BINS) ** 2) / 2 / 0.01**2)).round()  # a hundredth wide, and two far out
+    far[0] = far[-1] = 1
+    for rule in ("percentile", "entropy"):
+        low, high = ranges.clipped(even, span, rule=rule).tolist()
+        assert low == pytest.approx(-1, abs=0.02) and high == pytest.approx(1, abs=0.02), rule
+        low, high = ranges.clipped(far, span, rule=rule).tolist()
+        assert -0.3 < low < -0.03 and 0.03 < high < 0.3, (rule, low, high)
+    share = torch.rand(ranges.BINS, generator=torch.Generator().manual_seed(0)) + 0.1
+    low, high = ranges.clipped(share, span, rule="percentile").tolist()
+    edges = torch.linspace(-1, 1, ranges.BINS + 1)
+    assert share[(edges[:-1] >= low) & (edges[1:] <= high)].sum() >= (1 - ranges.OUTSIDE) * share.sum()

@@ -9,6 +9,7 @@ from torch import nn
 import tiny
 from paretune import bitsandbytes_format
 from paretune.errors import Incompatible
+from paretune.methods.transforms.llm_int8 import LLMInt8
 from paretune.methods.transforms.nf4 import NF4
 from paretune.numerics import absmax, dynamic_float, normal_float, zero_point
 from paretune.packed import PackedLinear
@@ -99,3 +100,42 @@ def test_what_is_no_nf4_checkpoint_is_refused():
     tensors = {f"0.{n}": t for n, t in bitsandbytes_format.write(nn.Sequential(linear)).items() for n in [n.removeprefix("0.")]}
     with pytest.raises(Incompatible, match="the shape"):
         bitsandbytes_format.read(nn.Sequential(nn.Linear(32, 48)), tensors)
+
+
+def test_llm_int8_multiplies_as_bitsandbytes():
+    """bitsandbytes brings inputs to fp16 first, whatever their format; the codes of the weight are the same."""
+    linear, x = nn.Linear(320, 96), torch.randn(24, 320)
+    x[:, 5] *= 30
+    with torch.no_grad():
+        linear.weight.copy_(weight())
+    ours = packed(LLMInt8(), linear)
+    codes, largest, _ = functional.int8_vectorwise_quant(linear.weight.detach())
+    assert torch.equal(ours.weight.view(96, 320), codes)
+    torch.testing.assert_close(ours.scales * 127, largest)
+    state = bitsandbytes.MatmulLtState()
+    state.CB, state.SCB, state.threshold, state.has_fp16_weights = codes, largest, 6.0, False
+    theirs = bitsandbytes.matmul(x, codes, bias=linear.bias.detach(), state=state)
+    exact = linear(x).detach()
+    assert (ours(x) - theirs).norm() <= 0.5 * (theirs - exact).norm() <= 0.01 * exact.norm()
+
+
+def test_the_affine_mapping_is_torchaos():
+    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
+    w = weight()
+    w[1] = w[1].abs()
+    s, z = primitives.choose_qparams_affine(w, primitives.MappingType.ASYMMETRIC, (1, 320), torch.int8, -128, 127, scale_dtype=torch.float32)
+    theirs = primitives.quantize_affine(w, (1, 320), s, z, torch.int8, -128, 127)
+    codes, scales, zeros = zero_point(w)
+    some = w.any(1)  # torchao gives a row of zeros a scale of its own
+    torch.testing.assert_close(scales[some], s.flatten()[some], rtol=1e-6, atol=0)
+    assert torch.equal(zeros[some], z.flatten()[some].to(torch.int8))
+    apart = (codes[some].int() - theirs[some].int()).abs()  # it multiplies by 1 / s where this divides
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3
+
+
+def test_the_symmetric_mapping_is_onnxruntimes():
+    utilities = pytest.importorskip("onnxruntime.quantization.quant_utils")
+    w = weight()
+    codes, scales = absmax(w.flatten())
+    found = utilities.quantize_data(w.flatten().numpy(), utilities.QuantType.QInt8.tensor_type, True)
+    assert float(found[1]) == pytest.approx(float(scales), rel=1e-6) and torch.equal(torch.tensor(found[-1]).to(torch.int8), codes)

@@ -1,0 +1,66 @@
+"""int4 weights: codes of 4 bits with a scale and a zero point per group of inputs.
+
+    w_oi ≈ s_og (q_oi − z_og),   s = (h − l) / 15,   z = −8 − round(l / s),   q = round(w / s) + z      per group g of inputs
+    y = x Ŵᵀ + b
+
+Round to nearest, the mapping of Jacob et al. 2017, arXiv:1712.05877, by group as in Frantar et al. 2022, arXiv:2210.17323, section 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from paretune.card import Card, knob
+from paretune.numerics import absmax, grouped, levels_of_nibbles, nibbles, scaled, ungrouped, zero_point
+from paretune.packed import PackedLinear, Packing
+
+LEVELS = torch.arange(16) - 8  # what a half byte stands for
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Int4(Packing):
+    """Packs the backbone's linear maps, and its token embedding, into int4 codes by group."""
+
+    card = Card(
+        title="int4 weights by group",
+        paper="Frantar et al. 2022, GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+        arxiv="2210.17323",
+        equation="w = s (q - z)",
+        lowers="E",
+        why="4.4 bits a weight to store and to read, which is what a single token's time is made of.",
+        note="NOTE",
+    )
+    carries = True
+    error = 0.12
+    few = 64
+
+    group: int = knob(64, "inputs with one scale", choices=(32, 64, 128))
+    symmetric: bool = knob(False, "absmax: codes of -7 to 7 and no zero point")
+    embeddings: bool = knob(True, "store the token embedding in int4, too, by groups of its features")
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        groups = grouped(weight, self.group)  # (O, G, group)
+        codes, scales, *zeros = (absmax if self.symmetric else zero_point)(groups, bits=4, stored=torch.bfloat16)
+        packed = {"weight": nibbles(ungrouped(codes, weight.shape[1]) + 8).flatten(), "scales": scales.flatten()}
+        return packed | ({"zeros": zeros[0].flatten()} if zeros else {})
+
+    def decode(self, codes: dict[str, Tensor], shape: tuple[int, int], *, rows: slice | Tensor) -> Tensor:
+        by_row = {name: tensor.view(shape[0], -1)[rows] for name, tensor in codes.items()}
+        q = grouped(levels_of_nibbles(by_row["weight"], LEVELS)[:, : shape[1]], self.group)
+        return ungrouped(scaled(q, by_row["scales"], by_row.get("zeros")), shape[1])
+
+    def kernel(self, module: PackedLinear, x: Tensor, *, ready: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, ready[0], self.group, ready[1])
+
+    def prepare(self, module: PackedLinear) -> tuple[Tensor, Tensor] | None:
+        """The codes in the kernel's layout, and (G, O, 2) of s and −s z."""
+        if module.in_features % self.group or module.out_features % 16:
+            return None
+        codes = levels_of_nibbles(module.weight.view(module.out_features, -1), LEVELS).int() + 8
+        scales = module.scales.view(module.out_features, -1).float()
+        shift = torch.zeros_like(scales) if self.symmetric else -scales * module.zeros.view_as(scales).float()
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
+        return packed, torch.stack([scales, shift], -1).transpose(0, 1).contiguous().bfloat16()  # kernel: w = s (q − 8) + shift

@@ -1,0 +1,54 @@
+"""int8 weights: codes of 8 bits in the file and in memory, products in the number format of the inputs.
+
+    w_oi ≈ s_o q_oi,   s_o = max_i |w_oi| / 127,   q = round(w / s)       per output channel, or per group of inputs
+    y = x Ŵᵀ + b,      ŵ = s q
+
+Dettmers et al. 2022, arXiv:2208.07339, section 2.1 (absmax, vector-wise); weights alone, so no activation is rounded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from paretune.card import Card, knob
+from paretune.numerics import absmax, grouped, scaled, ungrouped
+from paretune.packed import PackedLinear, Packing
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Int8Weights(Packing):
+    """Packs the backbone's linear maps, and its token embedding, into int8 codes and keeps activations as they are."""
+
+    card = Card(
+        title="int8 weights",
+        paper="Dettmers et al. 2022, LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale",
+        arxiv="2208.07339",
+        equation="y = x (s q)ᵀ + b",
+        lowers="E",
+        why="A quarter of the bytes to store and to read, which is what a single token's time is made of.",
+        note="NOTE",
+    )
+    carries = True
+    error = 0.01
+    few = 32
+
+    group: int = knob(0, "inputs with one scale; 0 is all inputs of an output channel", low=0)
+    embeddings: bool = knob(True, "store the token embedding in int8, too, with a scale per token")
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        codes, scales = absmax(grouped(weight, self.group or weight.shape[1]))  # (O, G, I / G), (O, G)
+        return {"weight": ungrouped(codes, weight.shape[1]).flatten(), "scales": scales.flatten()}
+
+    def decode(self, codes: dict[str, Tensor], shape: tuple[int, int], *, rows: slice | Tensor) -> Tensor:
+        q, scales = codes["weight"].view(shape)[rows], codes["scales"].view(shape[0], -1)[rows]
+        return ungrouped(scaled(grouped(q, self.group or shape[1]), scales), shape[1])
+
+    def kernel(self, module: PackedLinear, x: Tensor, *, ready: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x, module.weight.view(module.shape), ready)
+
+    def prepare(self, module: PackedLinear) -> Tensor | None:
+        whole = self.group in (0, module.in_features) and module.in_features % 32 == 0 and module.out_features % 32 == 0
+        return module.scales.bfloat16() if whole else None

@@ -1,0 +1,85 @@
+"""LLM.int8(): vector-wise int8 products, but for the few input features with outliers, which stay in 16 bits.
+
+    O = {i : max_t |x_ti| ≥ threshold}
+    y_to = a_t s_o Σ_{i ∉ O} u_ti q_oi / 127 + Σ_{i ∈ O} x_ti ŵ_oi + b_o
+    a_t = max_{i ∉ O} |x_ti|,  u = round(127 x / a);     s_o = max_i |w_oi| / 127,  q = round(w / s),  ŵ = s q
+
+Dettmers et al. 2022, arXiv:2208.07339, equations 7 and 8. Codes are those of bitsandbytes, which keeps outlier columns of W as codes, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paretune.calibration import unpadded
+from paretune.card import Card, knob
+from paretune.numerics import absmax, scaled
+from paretune.packed import PackedLinear, Packing
+from paretune.ranges import watch
+from paretune.roles import Examples
+
+EXAMPLES = 32  # read for the facts
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LLMInt8(Packing):
+    """Packs the backbone's linear maps into int8 and multiplies in integers, apart from outlier features."""
+
+    card = Card(
+        title="LLM.int8()",
+        paper="Dettmers et al. 2022, LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale",
+        arxiv="2208.07339",
+        equation="y = s a Σ u q / 127 + Σ_O x w + b",
+        lowers="E",
+        why="A quarter of the bytes, without the error that a few features with values a hundred times as large bring to int8.",
+        note="NOTE",
+    )
+    carries = True
+    error = 0.01
+
+    threshold: float = knob(6.0, "the size of an input from which its feature is an outlier; 0 is none", low=0.0)
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        codes, scales = absmax(weight)
+        return {"weight": codes.flatten(), "scales": scales}
+
+    def decode(self, codes: dict[str, Tensor], shape: tuple[int, int], *, rows: slice | Tensor) -> Tensor:
+        return scaled(codes["weight"].view(shape)[rows], codes["scales"][rows])
+
+    def multiply(self, module: PackedLinear, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return module.dequantized_product(x)
+        rows = x.flatten(0, -2)  # (T, I)
+        outliers = self.outliers(rows).nonzero().flatten()
+        regular = rows.index_fill(1, outliers, 0) if len(outliers) else rows
+        codes, scales = absmax(regular)  # u, a / 127
+        q = module.weight.view(module.shape)
+        y = torch._int_mm(codes, q.T).float().mul_(scales[:, None]).mul_(module.scales)  # (T, O), exact sums of integers
+        if len(outliers):
+            half = x.dtype if x.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+            w = scaled(q.index_select(1, outliers), module.scales).to(half)  # (O, |O|)
+            y += rows.index_select(1, outliers).to(half) @ w.T
+        if module.bias is not None:
+            y += module.bias
+        return y.to(x.dtype).view(*x.shape[:-1], module.out_features)
+
+    def outliers(self, x: Tensor) -> Tensor:
+        """Which of the features (I) of inputs (..., I) reach the threshold in any token."""
+        return (x.abs() >= self.threshold).flatten(0, -2).any(0) & (self.threshold > 0)
+
+    def facts(self, processor: Any, model: nn.Module, *, task: Any) -> dict[str, float]:
+        """The share of each map's input features that are outliers in training examples, by the map's path."""
+        paths = {m: path for path, m in model.named_modules() if isinstance(m, PackedLinear)}
+        found: dict[str, Tensor] = {}
+
+        def see(m: PackedLinear, x: Tensor) -> None:
+            found[paths[m]] = found.get(paths[m], torch.tensor(False)) | self.outliers(x)
+
+        with torch.no_grad():
+            batches = unpadded(model, Examples(task, processor), count=EXAMPLES)
+            watch(model, list(paths), see, batches=batches, kind=task.kind)
+        return {f"outlier_share {path}": float(found[path].float().mean()) for path in found}
