@@ -7,12 +7,14 @@ import torch
 from torch.nn import functional as F
 
 import steps
+import tiny
 import work
 from paretune import anatomy, flow, phases, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.adapters.surgical import FACT, Surgical, blocks, ranking
+from paretune.options import Options, Training
 from paretune.reports import blocks as picture
 from paretune.roles import Examples
 from paretune.store import Run
@@ -88,6 +90,17 @@ def test_auto_finds_the_one_block_that_was_shrunk(block, trained):
 
 
 def test_a_run_records_what_was_chosen_and_why(tmp_path):
+    tiny.model("bert", "base").save_pretrained(tmp_path / "bert")
+    tiny.tokenizer().save_pretrained(tmp_path / "bert")
+    plan = flow._plan(flow.as_recipe("surgical(count=2)"), work.text_task(), str(tmp_path / "bert"), tmp_path / "out", 0, Options(Training(epochs=1)))
+    (record,) = phases.walk(plan)
+    ranked = [name.removeprefix(FACT) for name in record["facts"]]
+    assert record["spelling"].startswith("surgical(count=2) + ")
+    assert record["decided"] == f'surgical(blocks="{ranked[0]} {ranked[1]}", count=2)' and record["trainable_parameters"] > 0
+    assert picture.save(Run(tmp_path, {"phases": [record]}), tmp_path / "blocks.png").is_file()
+
+
+def test_what_the_data_decide_is_decided_before_attaching():
     model, task = work.ready("bert"), work.text_task()
     (adapter,), record = phases.decided(model, [Surgical()], task)
     assert record["decided"] == repr(adapter) and adapter.blocks in blocks(model)
