@@ -18,6 +18,7 @@ _HOME = {
     **dict.fromkeys(("targets",), "anatomy"),
     **dict.fromkeys(("switch", "rows", "remove", "merge", "unmerge", "thaw", "count"), "surgery"),
     **dict.fromkeys(("add_class",), "readouts"),
+    **dict.fromkeys(("vote",), "methods.adapters.prompt"),
     **dict.fromkeys(("Run",), "store"),
     **dict.fromkeys(("Front",), "pareto.front"),
     **dict.fromkeys(("d90",), "pareto.intrinsic"),

@@ -12,7 +12,7 @@ import tiny
 import work
 from paretune import surgery, training
 from paretune.errors import Incompatible, RecipeError
-from paretune.methods.adapters.prompt import Prompt, vote
+from paretune.methods.adapters.prompt import Prompt
 
 P = 5
 
@@ -280,7 +280,7 @@ def test_the_majority_of_prompts_decides():
     ballots = torch.stack(each)
     assert len(ballots.unique()) > 1 and not (ballots == ballots[0]).all()
     wanted = [max(range(3), key=lambda c: (column == c).sum()) for column in ballots.T]  # noqa: B023
-    assert vote(model, inputs, names=names).tolist() == wanted
+    assert pt.vote(model, inputs, names=names).tolist() == wanted
 
 
 def test_a_published_count():

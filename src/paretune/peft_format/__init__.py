@@ -105,20 +105,20 @@ def read_peft(model: nn.Module, source: str | Path, *, name: str = "default", al
     if same_backbone:
         files.check_backbone(source, model)
     if kind == own.TYPE:
-        return own.read(model, source, config, tensors=tensors, name=name)
+        return own.read(model, source, config=config, tensors=tensors, name=name)
     if kind not in _READERS:
         raise Incompatible(f"{source} holds {kind}, which cannot be read{did_you_mean(kind, _READERS)}; {one_of([*_READERS, own.TYPE])} can")
     prefix, heads = files.head_prefix(kind), files.saved(config, model)
-    pieces, biases = _READERS[kind](config, model, source)
+    pieces, biases = _READERS[kind](config, model, source=source)
     whole = heads | {n: model.get_parameter(n) for n in biases.values()}
     names = {prefix + n: n for n in heads} | biases  # in the file -> in the model
     shapes = {s.name: s.shape for p in pieces for s in p.slots.values()} | {n: tuple(whole[own_name].shape) for n, own_name in names.items()}
-    files.check(source, model, shapes, {n: t for n, t in tensors.items() if not linear.duplicate(n, config, heads=heads)})
+    files.check(source, model, shapes=shapes, tensors={n: t for n, t in tensors.items() if not linear.duplicate(n, config, heads=heads)})
     if not whole and not any(p.changes(tensors) for p in pieces):
         raise StoreError(f"{source}: the adapter changes nothing, as it was never trained; was another file meant?")
     _attach(model, name, pieces, heads=list(heads), biases=list(biases.values()))
     with torch.no_grad():
-        for parameter, value in [pair for p in pieces for pair in p.pairs(model, name, tensors)] + [(whole[n], tensors[f]) for f, n in names.items()]:
+        for parameter, value in [pair for p in pieces for pair in p.pairs(model, name, tensors=tensors)] + [(whole[n], tensors[f]) for f, n in names.items()]:
             parameter.copy_(value.view_as(parameter))
     return model
 

@@ -71,7 +71,7 @@ class Piece:
         """Does it change the backbone's output?"""
         return self.idle is None or bool((tensors[list(self.slots.values())[-1].name] != self.idle).any())
 
-    def pairs(self, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+    def pairs(self, model: nn.Module, name: str, *, tensors: dict[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
         """The attached patch's parameters, each with its value."""
         seam = seam_of(model.get_submodule(self.site.path))
         assert seam is not None
@@ -179,7 +179,7 @@ def fits(pattern: str, path: str) -> bool:
         raise StoreError(f"{CONFIG}: the pattern {pattern!r} cannot be read ({error})") from None
 
 
-def check(source: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
+def check(source: Path, model: nn.Module, *, shapes: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
     """Every tensor that is asked for is there with its shape, and no other."""
     missing, extra = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
     if missing or extra:

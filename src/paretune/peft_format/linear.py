@@ -171,7 +171,7 @@ def _targets(config: dict[str, Any], model: nn.Module) -> list[Site]:
     return [s for s in anatomy.resolve(model, found, kind="linear") if s.path in found]
 
 
-def read_lora(config: dict[str, Any], model: nn.Module, source: Path) -> Read:
+def read_lora(config: dict[str, Any], model: nn.Module, *, source: Path) -> Read:
     """What a LoRA file must hold for this model."""
     _refuse_unread(source, config)
     sites = _targets(config, model)
@@ -214,7 +214,7 @@ def _by_pattern(config: dict[str, Any], key: str, paths: list[str], default: Any
     return {path: default if hit is None else wanted[hit] for path, hit in hits.items()}
 
 
-def read_ia3(config: dict[str, Any], model: nn.Module, source: Path) -> Read:
+def read_ia3(config: dict[str, Any], model: nn.Module, *, source: Path) -> Read:
     """What an (IA)³ file must hold for this model."""
     _refuse_unread(source, config)
     sites, inner = _targets(config, model), config.get("feedforward_modules") or []

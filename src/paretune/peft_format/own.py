@@ -46,7 +46,7 @@ def _ours(model: nn.Module, adapters: tuple[str, ...]) -> list[str]:
     return found
 
 
-def read(model: nn.Module, source: Path, config: dict[str, Any], *, tensors: dict[str, Tensor], name: str) -> nn.Module:
+def read(model: nn.Module, source: Path, *, config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> nn.Module:
     """Puts the adapters of a file on their backbone; a single one gets this name, several keep theirs."""
     record = config["record"]
     if record["format"] != FORMAT:
@@ -64,7 +64,7 @@ def read(model: nn.Module, source: Path, config: dict[str, Any], *, tensors: dic
     values = {_renamed(n.removeprefix(PREFIX), new): t for n, t in tensors.items()}
     state = {n: t for n, t in model.state_dict(keep_vars=True).items() if n in {*_ours(model, tuple(adapters)), *record["trained"]}}
     try:
-        files.check(source, model, {n: tuple(t.shape) for n, t in state.items()}, values)
+        files.check(source, model, shapes={n: tuple(t.shape) for n, t in state.items()}, tensors=values)
     except StoreError:
         for adapter in adapters:
             surgery.remove(model, adapter)

@@ -62,7 +62,7 @@ def write_prompt(model: nn.Module, found: Found) -> tuple[dict[str, Any], dict[s
     return config | more, {TENSOR: torch.cat([tokens, unread])}
 
 
-def read_prompt(config: dict[str, Any], model: nn.Module, source: Path) -> tuple[list[Piece], dict[str, str]]:
+def read_prompt(config: dict[str, Any], model: nn.Module, *, source: Path) -> tuple[list[Piece], dict[str, str]]:
     """What a prompt's or p-tuning's file must hold for this model."""
     length = _length(config, source)
     method: Prompt | PTuning = Prompt(length=length, place="before", positions="all")
@@ -96,7 +96,7 @@ def _refuse_prefix(model: nn.Module, own: list[KeysAndValues]) -> None:
         raise Incompatible('PEFT has one plain prefix before each layer, behind which tokens count; prefix(positions="shifted") is that')
 
 
-def read_prefix(config: dict[str, Any], model: nn.Module, source: Path) -> tuple[list[Piece], dict[str, str]]:
+def read_prefix(config: dict[str, Any], model: nn.Module, *, source: Path) -> tuple[list[Piece], dict[str, str]]:
     """What a prefix's file must hold for this model."""
     if config.get("prefix_projection") and not config.get("inference_mode", True):
         raise Incompatible(f"{source} was saved with its MLP; save it with PEFT's save_pretrained, which keeps keys and values alone")

@@ -35,9 +35,9 @@ class Prompt(Adapter):
         equation="Y = LM([P; E(x)])",
         lowers="E",
         why="length · D numbers learn and no weight gradient is formed; every call reads so many tokens more.",
-        lr=3e-2,
+        lr=1e-2,
         note="Virtual tokens are attended to before any training, so the output moves at the start. "
-        "The paper trains with Adafactor at a constant rate of 0.3; the rate here is for AdamW.",
+        "The paper trains with Adafactor at a constant rate of 0.3 and no head; the rate here is for AdamW, and the head shares it.",
     )
     foldable = False
     additive = True  # rows of a batch meet in no layer, and each may have its own prompt
@@ -92,7 +92,8 @@ class Prompt(Adapter):
             names = [str(name) for name in (getattr(model.config, "id2label", None) or {}).values()]
             if not names or all(name == f"LABEL_{i}" for i, name in enumerate(names)):
                 raise Incompatible(f'{self!r}: the labels of {type(model).__name__} have no names; load it for a task, or take init="vocabulary"')
-            return [tokenizer(name, add_special_tokens=False)["input_ids"] for name in names][: self.length]
+            found = (tokenizer(name, add_special_tokens=False)["input_ids"] for name in names)
+            return [ids for ids in found if ids][: self.length]
         return []
 
 
