@@ -84,28 +84,28 @@ class Episodes(Events):
             labels = _pick(self._able(known, self.size.shots), self.ways, random)
             support = loop.collate([loop.encodings[i] for label in labels for i in _pick(self.members[label], self.size.shots, random)])
             support["labels"] = self._labels(self.size.shots).to(support["labels"].device)
-            weights = descend(loop, loop.parameters, support, steps=self.size.steps, lr=self.size.lr)
+            weights = descend(loop, support, weights=loop.parameters, steps=self.size.steps, lr=self.size.lr)
             query = [(number, rows[i]) for number, label in enumerate(labels) for i in _pick(asked[label], each, random)]
             with torch.no_grad():
-                answers = answer(loop, weights, loop.collate([row for _, row in query])).logits[:, : self.ways].argmax(-1)
+                answers = answer(loop, loop.collate([row for _, row in query]), weights=weights).logits[:, : self.ways].argmax(-1)
             right += [float(a == number) for a, (number, _) in zip(answers.tolist(), query, strict=True)]
         loop.model.train(was_training)
         return sum(right) / len(right)
 
 
-def answer(loop: Loop, weights: Weights, batch: Batch) -> Any:
+def answer(loop: Loop, batch: Batch, *, weights: Weights) -> Any:
     """The model's outputs with these weights in the place of its own."""
     with probe.autocast(loop.pace):
         return functional_call(loop.model, dict(weights), args=(), kwargs=loop.task.kind.inputs(batch))
 
 
-def mean_loss(loop: Loop, weights: Weights, batch: Batch) -> Tensor:
+def mean_loss(loop: Loop, batch: Batch, *, weights: Weights) -> Tensor:
     """The mean loss of a batch with these weights."""
-    loss, count = loop.task.kind.loss(answer(loop, weights, batch), batch)
+    loss, count = loop.task.kind.loss(answer(loop, batch, weights=weights), batch)
     return loss / count
 
 
-def descend(loop: Loop, weights: Weights, batch: Batch, *, steps: int, lr: float, graph: bool = False, first: Tensor | None = None) -> Weights:
+def descend(loop: Loop, batch: Batch, *, weights: Weights, steps: int, lr: float, graph: bool = False, first: Tensor | None = None) -> Weights:
     """The weights after steps of gradient descent, θ ← θ − lr ∇L(θ).
 
     Args:
@@ -113,7 +113,7 @@ def descend(loop: Loop, weights: Weights, batch: Batch, *, steps: int, lr: float
         first: the mean loss at the start, where it is known already.
     """
     for step in range(steps):
-        loss = mean_loss(loop, weights, batch) if step or first is None else first
+        loss = mean_loss(loop, batch, weights=weights) if step or first is None else first
         gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=graph, allow_unused=True)
         weights = {n: w if g is None else w - lr * g for (n, w), g in zip(weights.items(), gradients, strict=True)}
     return weights

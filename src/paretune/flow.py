@@ -82,7 +82,7 @@ def adapt(
     head = all(m.head for m in phase if isinstance(m, Schedule))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapters, _ = phases.decided(model, [m for m in phase if isinstance(m, Adapter)], task)
+        adapters, _ = phases.decided(model, [m for m in phase if isinstance(m, Adapter)], task=task)
         surgery.attach(model, adapters, name=name, on_top=on_top, head=head)
     return model
 

@@ -155,7 +155,7 @@ def _train(plan: Plan, k: int, model: nn.Module, work: Path) -> dict[str, Any]:
     fitted: list[training.Fitted] = []
 
     def learn() -> None:
-        adapters, about = decided(model, [m for m in phase if isinstance(m, Adapter)], plan.task)
+        adapters, about = decided(model, [m for m in phase if isinstance(m, Adapter)], task=plan.task)
         surgery.attach(model, adapters, name=f"phase_{k}", on_top=True, head=schedule.head)
         found.update(about, **dict(zip(("trainable_parameters", "head_parameters"), surgery.count(model), strict=True)))
         fitted.append(training.fit(model, plan.task, schedule=schedule, modifiers=modifiers, settings=settings))
@@ -180,7 +180,7 @@ def _shrunk(plan: Plan, model: nn.Module, method: Any) -> dict[str, Any]:
     return record | {"examples": fitted[0], "train_flops": None if each is None else each * fitted[0]}
 
 
-def decided(model: nn.Module, adapters: list[Adapter], task: Task | None) -> tuple[list[Adapter], dict[str, Any]]:
+def decided(model: nn.Module, adapters: list[Adapter], *, task: Task | None) -> tuple[list[Adapter], dict[str, Any]]:
     """The adapters with what they leave to the data decided on the training split; for the record, what was decided and found out."""
     examples = Examples(task, surgery.state(model).processor) if task else None
     pairs = [method.chosen(model, examples) for method in adapters]

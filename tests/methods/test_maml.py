@@ -52,7 +52,7 @@ def test_the_gradient_on_a_quadratic(order, count):
     maml = handler(MAML(order=order, inner_steps=count, inner_lr=lr))
     maml.query = {"labels": query}
     batch = {"labels": support}
-    loss = maml.loss(loop, batch, outputs=None, loss=episodes.mean_loss(loop, loop.parameters, batch))
+    loss = maml.loss(loop, batch, outputs=None, loss=episodes.mean_loss(loop, batch, weights=loop.parameters))
     loss.backward()
     w, shrink = torch.tensor([1.0, -2.0], dtype=torch.float64), (1 - lr) ** count
     adapted = support[0] + shrink * (w - support[0])
@@ -69,7 +69,7 @@ class Exact(Classification):
 
 def meta_loss(loop, maml, batch):
     support = maml.inputs(loop, batch)
-    total, count = loop.task.kind.loss(episodes.answer(loop, loop.parameters, support), support)
+    total, count = loop.task.kind.loss(episodes.answer(loop, support, weights=loop.parameters), support)
     return maml.loss(loop, support, outputs=None, loss=total) / count
 
 
@@ -124,7 +124,7 @@ def test_a_start_learned_over_episodes_is_adapted_in_a_step():
         center = torch.tensor([[float(torch.randn(())), 1.0]], dtype=torch.float64)
         batch = maml.query = {"labels": center}
         optimizer.zero_grad()
-        maml.loss(loop, batch, outputs=None, loss=episodes.mean_loss(loop, loop.parameters, batch)).backward()
+        maml.loss(loop, batch, outputs=None, loss=episodes.mean_loss(loop, batch, weights=loop.parameters)).backward()
         optimizer.step()
     assert abs(float(loop.model.w.detach()[1]) - 1.0) < 1e-3, "what all tasks share is learned"
     assert abs(float(loop.model.w.detach()[0])) < 1.0, "what differs is left in the middle"

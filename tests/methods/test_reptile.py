@@ -37,7 +37,7 @@ def test_the_gradient_on_a_quadratic(count):
     reptile.size = episodes.Size(None, 1, 0, count, 0.3)
     center = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
     batch = {"labels": center}
-    loss = reptile.loss(loop, batch, outputs=None, loss=episodes.mean_loss(loop, loop.parameters, batch))
+    loss = reptile.loss(loop, batch, outputs=None, loss=episodes.mean_loss(loop, batch, weights=loop.parameters))
     loss.backward()
     start = torch.tensor([1.0, -2.0], dtype=torch.float64)
     torch.testing.assert_close(model.w.grad, (1 - 0.7**count) / 0.3 * (start - center[0]))
@@ -51,7 +51,7 @@ def test_the_gradient_is_the_way_that_an_optimizer_went():
     (episode,) = reptile.plan(loop, range(24), steps=1)
     support = reptile.inputs(loop, loop.collate([loop.encodings[i] for i in episode]))
     assert len(support["labels"]) == len(episode) == 6
-    total, count = loop.task.kind.loss(episodes.answer(loop, loop.parameters, support), support)
+    total, count = loop.task.kind.loss(episodes.answer(loop, support, weights=loop.parameters), support)
     (reptile.loss(loop, support, outputs=None, loss=total) / count).backward()
     found = {n: p.grad.clone() for n, p in loop.parameters.items()}
     start = {n: p.detach().clone() for n, p in loop.parameters.items()}

@@ -48,7 +48,7 @@ def test_the_ranking_is_gradient_over_weight_norm():
     model, task = work.ready("bert"), work.task("bert")
     batch = task.kind.collate(task.encode(task.train, work.processor("bert"), config=model.config), work.processor("bert"))
     F.cross_entropy(model(**task.kind.inputs(batch)).logits, batch["labels"]).backward()
-    found = ranking(model, examples(), 64)
+    found = ranking(model, examples(), count=64)
     assert list(found.values()) == sorted(found.values(), reverse=True) and set(found) == {"embeddings", "0", "1"}
     for block, names in blocks(model).items():
         gradient = torch.cat([model.get_parameter(n).grad.flatten() for n in names])
@@ -61,7 +61,7 @@ def test_ranking_leaves_the_model_as_it_was():
     surgery.attach(model, [LoRA(r=2)])
     model.train()
     before, learning = steps.tensors(model), list(steps.learning(model))
-    ranking(model, examples(), 8)
+    ranking(model, examples(), count=8)
     assert steps.same(before, steps.tensors(model)) and list(steps.learning(model)) == learning and model.training
     assert all(p.grad is None for p in model.parameters())
 
@@ -102,10 +102,10 @@ def test_a_run_records_what_was_chosen_and_why(tmp_path):
 
 def test_what_the_data_decide_is_decided_before_attaching():
     model, task = work.ready("bert"), work.text_task()
-    (adapter,), record = phases.decided(model, [Surgical()], task)
+    (adapter,), record = phases.decided(model, [Surgical()], task=task)
     assert record["decided"] == repr(adapter) and adapter.blocks in blocks(model)
     assert max(record["facts"], key=record["facts"].get) == FACT + adapter.blocks
-    assert phases.decided(model, [adapter, LoRA()], task) == ([adapter, LoRA()], {})
+    assert phases.decided(model, [adapter, LoRA()], task=task) == ([adapter, LoRA()], {})
     flow.adapt(model, "surgical(count=2)", task=task)
     ((attached,),) = surgery.state(model).adapters.values()
     assert len(attached.blocks.split()) == 2

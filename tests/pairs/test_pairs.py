@@ -34,7 +34,7 @@ def walk(recipe: Recipe, family: str) -> torch.nn.Module:
     torch.manual_seed(0)
     for k, phase in enumerate(recipe.phases, 1):
         if is_training(phase):
-            adapters, _ = phases.decided(model, [m for m in phase if isinstance(m, Adapter)], given)
+            adapters, _ = phases.decided(model, [m for m in phase if isinstance(m, Adapter)], task=given)
             surgery.attach(model, adapters, name=f"phase_{k}", on_top=True)
             before = {n: p.detach().clone() for n, p in steps.learning(model).items()}
             work.fitted(model, given, *(m for m in phase if isinstance(m, Modifier)), epochs=0.5, warmup=0.0)

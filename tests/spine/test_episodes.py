@@ -108,7 +108,7 @@ def test_descending_is_gradient_descent(count):
     """On ½ mean (w x − y)²: w ← w − α (w a − b) with a = mean x², b = mean x y, so w_k = b/a + (1 − α a)^k (w − b/a)."""
     loop, batch = toy(2.0), {"x": torch.tensor([1.0, 2.0], dtype=torch.float64), "labels": torch.tensor([3.0, 1.0], dtype=torch.float64)}
     a, b = 2.5, 2.5
-    ends = episodes.descend(loop, loop.parameters, batch, steps=count, lr=0.1, graph=True)
+    ends = episodes.descend(loop, batch, weights=loop.parameters, steps=count, lr=0.1, graph=True)
     assert float(ends["w"].detach()) == pytest.approx(b / a + (1 - 0.1 * a) ** count * (2.0 - b / a))
     (slope,) = torch.autograd.grad(ends["w"], loop.parameters["w"])
     assert float(slope) == pytest.approx((1 - 0.1 * a) ** count)
@@ -121,7 +121,7 @@ def test_the_score_is_that_of_the_adapted_model(monkeypatch):
     surgery.attach(model, [Full()])
     loop = training.Loop(model, work.text_task(), work.Schedule(lr=1e-3, batch=4), training.Settings())
     loop.pace = Pace()
-    monkeypatch.setattr(episodes, "answer", lambda loop, weights, batch: calls.append(batch) or plain_answer(loop, weights, batch))
+    monkeypatch.setattr(episodes, "answer", lambda loop, batch, *, weights: calls.append(batch) or plain_answer(loop, batch, weights=weights))
     before, spy = steps.tensors(model), _Spy(loop)
     score = spy.score(loop)
     assert steps.same(before, steps.tensors(model))

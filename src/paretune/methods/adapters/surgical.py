@@ -49,7 +49,7 @@ class Surgical(Adapter):
     def chosen(self, model: nn.Module, examples: Examples | None) -> tuple[Adapter, dict[str, float]]:
         if self.blocks != "auto" or examples is None:
             return self, {}
-        ranked = ranking(model, examples, self.examples)
+        ranked = ranking(model, examples, count=self.examples)
         if self.count > len(ranked):
             raise Incompatible(f"{self!r}: this {model.config.model_type} has {len(ranked)} blocks, so count is 1 to {len(ranked)}")
         first = " ".join(list(ranked)[: self.count])
@@ -82,7 +82,7 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
     return {block: names for block, names in found.items() if names}
 
 
-def ranking(model: nn.Module, examples: Examples, count: int) -> dict[str, float]:
+def ranking(model: nn.Module, examples: Examples, *, count: int) -> dict[str, float]:
     """‖∇L‖ / ‖θ‖ of each block over some training examples, the largest first; L is their mean loss, in evaluation mode."""
     there = blocks(model)
     weights = {name: model.get_parameter(name).detach().requires_grad_() for names in there.values() for name in names}  # the same storage

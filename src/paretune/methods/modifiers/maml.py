@@ -57,5 +57,5 @@ class _MAML(Episodes):
 
     def loss(self, loop: Loop, batch: Batch, *, outputs: Any, loss: Tensor) -> Tensor:
         count = len(batch["labels"])
-        weights = descend(loop, loop.parameters, batch, steps=self.size.steps, lr=self.size.lr, graph=self.through, first=loss / count)
-        return mean_loss(loop, weights, self.query) * count
+        weights = descend(loop, batch, weights=loop.parameters, steps=self.size.steps, lr=self.size.lr, graph=self.through, first=loss / count)
+        return mean_loss(loop, self.query, weights=weights) * count

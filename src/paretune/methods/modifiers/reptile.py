@@ -48,6 +48,6 @@ class _Reptile(Episodes):
 
     def loss(self, loop: Loop, batch: Batch, *, outputs: Any, loss: Tensor) -> Tensor:
         count = len(batch["labels"])
-        ends = descend(loop, loop.parameters, batch, steps=self.size.steps, lr=self.size.lr, first=loss / count)
+        ends = descend(loop, batch, weights=loop.parameters, steps=self.size.steps, lr=self.size.lr, first=loss / count)
         pulls = [((w - w.detach()) * (w - ends[n]).detach()).sum() / self.size.lr for n, w in loop.parameters.items()]  # zero, with gradient (θ − θ̃) / α
         return loss.detach() + sum(pulls) * count
