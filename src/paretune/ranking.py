@@ -27,6 +27,7 @@ from paretune.seams import Patch
 
 PASSED_ON = {"past_key_values", "use_cache", "decoder_input_ids", "encoder_outputs", "inputs_embeds", "labels"}
 CELLS = 2**28  # numbers that may be held at a time for the answers of a batch: their caches and logits
+SHARED = 8  # tokens that all prompts of a batch begin with, from which on a call of their own pays
 NONE = -1  # fills up answers of fewer tokens
 
 
@@ -63,7 +64,8 @@ class Ranked(Patch):
         written = self.site.place == "encoder-decoder"
         room = int(self.room) - (0 if written else answers.shape[-1])
         prompts = [self._prompt(row, room) for row in rows]
-        log_probs = (_written if written else _continued)(forward, prompts, answers, self.start).masked_fill(answers == NONE, 0.0)
+        log_probs = _written(forward, prompts, answers, self.start) if written else _continued(forward, prompts, answers, len(self.before))
+        log_probs = log_probs.masked_fill(answers == NONE, 0.0)
         lengths = (answers != NONE).sum(-1)
         return Scores(logits=self.method.read(log_probs, lengths, patch=self), log_probs=log_probs, lengths=lengths)
 
@@ -103,12 +105,20 @@ def _gathered(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, tokens.clamp(min=0)[..., None])[..., 0]
 
 
-def _continued(forward: Callable[..., Any], prompts: Sequence[Sequence[int]], answers: Tensor, start: Tensor) -> Tensor:
-    """log p (B, C, L) by a decoder: the prompts' keys and values are made once, then repeated for groups of answers."""
+def _continued(forward: Callable[..., Any], prompts: Sequence[Sequence[int]], answers: Tensor, before: int) -> Tensor:
+    """log p (B, C, L) by a decoder: the prompts' keys and values are made once, then repeated for groups of answers.
+
+    The first `before` tokens are those of every prompt; in a batch they are read once for all rows.
+    """
     rows, count, length = answers.shape
-    ids, mask = _padded(prompts, answers.device, left=True)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    out = forward(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=length > 1, logits_to_keep=1)
+    shared = before if rows > 1 and before >= SHARED and min(map(len, prompts)) > before else 0
+    ids, mask = _padded([prompt[shared:] for prompt in prompts], answers.device, left=True)
+    positions = shared + (mask.cumsum(-1) - 1).clamp(min=0)
+    given: dict[str, Any] = {"use_cache": length > 1}
+    if shared:
+        given = {"use_cache": True, "past_key_values": _repeated(_read(forward, prompts[0][:shared], mask), rows)}
+        mask = torch.cat([mask.new_ones(rows, shared), mask], 1)
+    out = forward(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **given)
     first = out.logits[:, -1].float().log_softmax(-1).gather(1, answers[..., 0].clamp(min=0))[..., None]  # (B, C, 1)
     if length == 1:
         return first
@@ -124,6 +134,13 @@ def _continued(forward: Callable[..., Any], prompts: Sequence[Sequence[int]], an
         ).logits
         rest.append(_gathered(logits, group[..., 1:].flatten(0, 1)).view(rows, n, length - 1))
     return torch.cat([first, torch.cat(rest, 1)], -1)
+
+
+def _read(forward: Callable[..., Any], tokens: Sequence[int], like: Tensor) -> Any:
+    """The keys and values of one row of tokens."""
+    ids = torch.tensor([tokens], device=like.device)
+    positions = torch.arange(len(tokens), device=like.device)[None]
+    return _cache_of(forward(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=True, logits_to_keep=1))
 
 
 def _cache_of(out: Any) -> Any:

@@ -176,7 +176,8 @@ def test_a_run_counts_it_as_training_and_answers_new_rows(method, tmp_path):
 @pytest.mark.parametrize("name", registry.names("adapter"))
 def test_every_adapter_is_ranked_as_it_speaks(name, family):
     """A prompt's keys and values, kept and repeated for its answers, give what one plain call per answer gives: with every adapter at work."""
-    model = phases.shrink(ready(Choices(), family), Choices(words=("so bad", "fine", "a good film")), work.text_task())
+    method = Choices(words=("so bad", "fine", "a good film"), template="the film and the book and the story: {text}\n{label}")
+    model = phases.shrink(ready(method, family), method, work.text_task())
     torch.manual_seed(0)
     try:
         surgery.attach(model, [registry.get(name)()], name="later")
@@ -185,10 +186,10 @@ def test_every_adapter_is_ranked_as_it_speaks(name, family):
     steps.disturb(model)
     model.eval()
     task, readout = work.text_task(), seams.readout(model).ranked(model)
-    (encoding,) = training.encode(task, task.test[:1], model=model)
-    prompt = [*readout.before.tolist(), *encoding["input_ids"], *readout.after.tolist()]
+    encodings = training.encode(task, task.test[:2], model=model)  # of different lengths
+    prompt = [*readout.before.tolist(), *encodings[0]["input_ids"], *readout.after.tolist()]
     with torch.no_grad():
-        found = model(torch.tensor([encoding["input_ids"]]))
+        found = model(**task.kind.inputs(task.kind.collate(encodings, processors.get(model))))
         for k, answer in enumerate(readout.answers.tolist()):
             answer = [i for i in answer if i >= 0]
             if family == "t5":
