@@ -84,13 +84,19 @@ class Episodes(Events):
             labels = _pick(self._able(known, self.size.shots), self.ways, random)
             support = loop.collate([loop.encodings[i] for label in labels for i in _pick(self.members[label], self.size.shots, random)])
             support["labels"] = self._labels(self.size.shots).to(support["labels"].device)
-            weights = descend(loop, support, weights=loop.parameters, steps=self.size.steps, lr=self.size.lr)
+            weights = descend(loop, support, weights=own(loop), steps=self.size.steps, lr=self.size.lr)
             query = [(number, rows[i]) for number, label in enumerate(labels) for i in _pick(asked[label], each, random)]
             with torch.no_grad():
                 answers = answer(loop, loop.collate([row for _, row in query]), weights=weights).logits[:, : self.ways].argmax(-1)
             right += [float(a == number) for a, (number, _) in zip(answers.tolist(), query, strict=True)]
         loop.model.train(was_training)
         return sum(right) / len(right)
+
+
+def own(loop: Loop) -> Weights:
+    """What learns of the model; a modifier may have parameters of its own beside."""
+    there = dict(loop.model.named_parameters())
+    return {name: parameter for name, parameter in loop.parameters.items() if name in there}
 
 
 def answer(loop: Loop, batch: Batch, *, weights: Weights) -> Any:

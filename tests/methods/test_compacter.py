@@ -91,3 +91,12 @@ def test_sizes_that_n_does_not_divide():
         Compacter(bottleneck=6)
     with pytest.raises(Incompatible, match="multiple of n = 3"):
         adapted(Compacter(n=3, bottleneck=6))
+
+
+def test_loaded_and_thawed_its_rule_learns_on(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert not steps.learning(loaded)
+    surgery.thaw(loaded)
+    assert steps.learning(loaded).keys() == steps.learning(model).keys() and any("compacter_shared" in n for n in steps.learning(loaded))

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from paretune.card import Card, knob
-from paretune.episodes import Batch, Episodes, Size, descend, mean_loss
+from paretune.episodes import Batch, Episodes, Size, descend, mean_loss, own
 from paretune.probe import Pace
 from paretune.roles import Modifier
 from paretune.training import Events, Loop
@@ -57,5 +57,5 @@ class _MAML(Episodes):
 
     def loss(self, loop: Loop, batch: Batch, *, outputs: Any, loss: Tensor) -> Tensor:
         count = len(batch["labels"])
-        weights = descend(loop, batch, weights=loop.parameters, steps=self.size.steps, lr=self.size.lr, graph=self.through, first=loss / count)
+        weights = descend(loop, batch, weights=own(loop), steps=self.size.steps, lr=self.size.lr, graph=self.through, first=loss / count)
         return mean_loss(loop, self.query, weights=weights) * count

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from paretune.card import Card, knob
-from paretune.episodes import Batch, Episodes, Size, descend
+from paretune.episodes import Batch, Episodes, Size, descend, own
 from paretune.roles import Modifier
 from paretune.training import Events, Loop
 
@@ -48,6 +48,7 @@ class _Reptile(Episodes):
 
     def loss(self, loop: Loop, batch: Batch, *, outputs: Any, loss: Tensor) -> Tensor:
         count = len(batch["labels"])
-        ends = descend(loop, batch, weights=loop.parameters, steps=self.size.steps, lr=self.size.lr, first=loss / count)
-        pulls = [((w - w.detach()) * (w - ends[n]).detach()).sum() / self.size.lr for n, w in loop.parameters.items()]  # zero, with gradient (θ − θ̃) / α
+        starts = own(loop)
+        ends = descend(loop, batch, weights=starts, steps=self.size.steps, lr=self.size.lr, first=loss / count)
+        pulls = [((w - w.detach()) * (w - ends[n]).detach()).sum() / self.size.lr for n, w in starts.items()]  # zero, with gradient (θ − θ̃) / α
         return loss.detach() + sum(pulls) * count
