@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Backbone:
     source: str  # folder or hub id
     revision: str  # commit on the hub, "local" for a folder
     weights_sha256: str
-    licence: str = ""
+    license: str = ""  # as its README says, "apache-2.0"
 
 
 @functools.cache
@@ -59,9 +60,9 @@ def find(name: str) -> Backbone:
         found = _hash(_weight_files(folder))
         if found != known:
             raise BackboneError(f"backbone {name}: the weights in {folder} have sha256 {found}, not the known {known}; install {package} again")
-        return Backbone(name, str(folder), "packaged", found)
+        return Backbone(name, str(folder), "packaged", found, _license(folder))
     if Path(name).is_dir():
-        return Backbone(name, name, "local", _hash(_weight_files(Path(name))))
+        return Backbone(name, name, "local", _hash(_weight_files(Path(name))), _license(Path(name)))
     return _on_hub(name)
 
 
@@ -70,6 +71,14 @@ def _weight_files(folder: Path) -> list[Path]:
     if not files or not (folder / "config.json").is_file():
         raise BackboneError(f"{folder} holds no model: a folder with config.json and *.safetensors is needed, as save_pretrained writes it")
     return files
+
+
+def _license(folder: Path) -> str:
+    """What the header of the model's README calls its license; empty where there is none."""
+    about = folder / "README.md"
+    header = about.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0] if about.is_file() else ""
+    stated = re.search(r"^license: *\"?([\w.+-]+)", header, re.MULTILINE) if header.startswith("---") else None
+    return stated[1] if stated else ""
 
 
 def _hash(files: list[Path]) -> str:
@@ -85,7 +94,7 @@ def _on_hub(name: str) -> Backbone:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
@@ -94,7 +103,7 @@ def _on_hub(name: str) -> Backbone:
             f"backbone {name!r}: no short name ({', '.join(PACKAGED)}), no folder, and the hub did not give it ({reason}); "
             "give a folder that save_pretrained wrote, or a hub id while online"
         ) from None
-    return Backbone(name, str(folder), folder.name, _hash(_weight_files(folder)))
+    return Backbone(name, str(folder), folder.name, _hash(_weight_files(folder)), _license(folder))
 
 
 def load(backbone: Backbone, task: Task | None, *, seed: int = 0, speaks: bool = False) -> PreTrainedModel:

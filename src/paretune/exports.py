@@ -1,7 +1,8 @@
-"""A run's model for others: a Hugging Face folder, or an adapter folder in PEFT's format."""
+"""A run's model for others: a Hugging Face folder, an adapter folder in PEFT's format, or an ONNX graph."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from paretune import anatomy, backbones, inference, peft_format, recipe, store
-from paretune.errors import Incompatible, StoreError, unknown
+from paretune import anatomy, backbones, inference, onnx_files, peft_format, processors, recipe, store
+from paretune.errors import BackboneError, Incompatible, StoreError, unknown
+from paretune.meters.cost import MEASURED, unmeasured
 from paretune.reports import card
 from paretune.roles import Adapter, Modifier
 from paretune.seams import CHILD
 
-FORMATS = ("hf", "peft")
+FORMATS = ("hf", "peft", "onnx")
 INSTEAD = "export with --to hf, which holds every run"
 
 
@@ -24,10 +26,10 @@ def write(run: store.Run, folder: Path, *, to: str = "hf") -> Path:
 
     Args:
         to: "hf", what `from_pretrained` opens, or "peft", the adapter alone: what PEFT, or of adapters that it has not `read_peft`,
-            puts on the unchanged backbone.
+            puts on the unchanged backbone; or "onnx", what onnxruntime runs, float or int8 as the run is.
 
     Raises:
-        Incompatible: for an unknown `to`, or a run that the format cannot hold.
+        Incompatible: for an unknown `to`, a run that the format cannot hold, or a graph that answers otherwise than the run.
         StoreError: for a folder that holds something already, or a run without a model.
     """
     if to not in FORMATS:
@@ -36,13 +38,43 @@ def write(run: store.Run, folder: Path, *, to: str = "hf") -> Path:
         raise StoreError(f"{folder} holds something already; name a new or an empty folder")
     if not (run.folder / "model" / "config.json").is_file():
         raise StoreError(f"{run.folder} holds no model; give a run folder that `paretune run` wrote")
+    record = run.record
     with store.written(folder) as part:
         if to == "hf":
             shutil.copytree(run.folder / "model", part, dirs_exist_ok=True)
-        else:
+        elif to == "peft":
             _write_peft(run, part)
-        card.save(run.record, part)
+        else:
+            record = _write_onnx(run, part)
+        card.save(record, part, license_id=_license(run))
     return folder
+
+
+def _license(run: store.Run) -> str | None:
+    """The backbone's license, where the backbone is still there and says it."""
+    try:
+        return backbones.find(run.record["backbone"]).license or None
+    except BackboneError:
+        return None
+
+
+def _write_onnx(run: store.Run, folder: Path) -> dict[str, Any]:
+    """The graph, what reads text for it, and a record with which `predict` and `measure` take the folder; gives the record."""
+    task = inference.tested(run)
+    model = inference.open_model(run.model, task)
+    parity = onnx_files.write(model, task, folder, name=run.recipe)
+    config = store.read_json(run.model / "config.json")
+    store.write_json(folder / "config.json", {k: v for k, v in config.items() if k not in ("quantization_config", "attn_implementation")})
+    processors.save(model, folder)
+    trained = {name: getattr(run.cost, name) for name in MEASURED if name.startswith("train") or name == "head_parameters"}
+    cost = dataclasses.replace(unmeasured("the export is not measured yet; `paretune measure` does it"), **trained, stored_mb=store.stored_mb(folder))
+    cost = dataclasses.replace(cost, reasons=cost.reasons | {name: run.cost.reasons[name] for name in trained if name in run.cost.reasons})
+    record = {**run.record, "loads_with": "onnx", "cost": cost.to_json(), "export": dataclasses.asdict(parity)}
+    store.write_json(folder / "run.json", record)
+    shutil.copyfile(run.folder / "sample.json", folder / "sample.json")
+    if run.record["per_example"]:
+        shutil.copyfile(run.folder / run.record["per_example"], folder / run.record["per_example"])
+    return record
 
 
 def _write_peft(run: store.Run, folder: Path) -> None:

@@ -206,7 +206,8 @@ def read_run(folder: str | Path) -> Run:
 
 
 def export(run: Run | str | Path, folder: str | Path, *, to: str = "hf") -> Path:
-    """Writes a run's model for others: "hf" a Hugging Face folder, "peft" a PEFT adapter folder where the format has the method.
+    """Writes a run's model for others: "hf" a Hugging Face folder, "peft" a PEFT adapter folder where the format has the method,
+    "onnx" a graph that onnxruntime runs, checked against the run.
 
     Raises:
         Incompatible: for a run whose methods the format has not.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 
-from paretune import backbones, store, tasks, training
+from paretune import backbones, onnx_files, store, tasks, training
 from paretune.errors import DataError, MeterError
 from paretune.meters import energy, flops, memory, protocol, throughput
 from paretune.meters.reading import Reading, missing
@@ -31,6 +32,8 @@ def open_model(folder: str | Path, task: Task) -> nn.Module:
         StoreError: for a folder that holds no model, or one with missing or foreign tensors.
     """
     folder = Path(folder)
+    if (folder / onnx_files.GRAPH).is_file():
+        return onnx_files.opened(folder)
     if not (folder / "config.json").is_file():
         raise store.StoreError(f"{folder} holds no model; give a run folder that `paretune run` wrote")
     with backbones.quiet():
@@ -49,6 +52,21 @@ def task_of(run: store.Run) -> Task:
     return tasks.blank(run.record["task_definition"])
 
 
+def tested(run: store.Run) -> Task:
+    """The run's task with the test examples that it keeps; where they are no plain text, the whole task from its source.
+
+    Raises:
+        DataError: for a source that has changed since.
+    """
+    sample = store.read_json(run.folder / "sample.json")
+    if sample:
+        return dataclasses.replace(task_of(run), test=tasks.Rows(sample))
+    task = tasks.rebuild(run.record["task_definition"])
+    if task.fingerprint != run.record["task_fingerprint"]:
+        raise DataError(f"{task.source} is not the data that run {run.id} was trained on; put the old file back, or run the recipe again")
+    return task
+
+
 def answers(run: store.Run, rows: Iterable[Any]) -> list[dict[str, Any]]:
     """One answer per row; see `Run.predict`."""
     return list(stream(run, rows))
@@ -61,7 +79,7 @@ def stream(run: store.Run, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
         DataError: for a row that is neither a text nor a dict with the task's columns.
     """
     task = task_of(run)
-    model = open_model(run.folder / "model", task)
+    model = open_model(run.model, task)
     rows = iter(rows)
     while chunk := [_row(task, row) for row in itertools.islice(rows, CHUNK)]:
         for prediction in training.predict(model, task, rows=chunk):
@@ -160,6 +178,6 @@ def peak_memory(folders: Sequence[Path]) -> list[Reading]:
 def _one_pass(folder: str) -> None:
     run = store.Run.read(folder)
     task = task_of(run)
-    model = open_model(run.folder / "model", task)
+    model = open_model(run.model, task)
     examples: Sequence[Any] = store.read_json(run.folder / "sample.json")
     training.predict(model, task, rows=examples, batch=1)

@@ -111,7 +111,7 @@ def measure(runs: Sequence[Run], task: Any, *, options: Options, progress: Calla
 
 
 def _open(run: Run, task: Any, options: Options) -> Any:
-    return inference.open_model(run.folder / "model", task).to(options.compute.device)
+    return inference.open_model(run.model, task).to(options.compute.device)
 
 
 def _measured(run: Run, found: dict[str, Any], by: str) -> Run:

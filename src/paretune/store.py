@@ -159,6 +159,12 @@ class Run:
     def score(self) -> float:
         return self.record["score"]
 
+    @property
+    def model(self) -> Path:
+        """Where its model lies: in `model`, or in the folder itself after an export."""
+        inside = self.folder / "model"
+        return inside if inside.is_dir() else self.folder
+
     @functools.cached_property
     def cost(self) -> Cost:
         return Cost.from_json(self.record["cost"])

@@ -31,7 +31,7 @@ def measure(folder: str, metering: Metering, *, meter_log: str | None, markers: 
 
     What is found replaces what its run.json said.
     """
-    from paretune import runs, store
+    from paretune import inference, runs, store
     from paretune.cli import progress, show
     from paretune.meters.log import Log
 
@@ -43,21 +43,8 @@ def measure(folder: str, metering: Metering, *, meter_log: str | None, markers: 
     options = Options(compute=compute, metering=dataclasses.replace(metering, log=log))
     runs.set_threads(options)
     with progress.Progress() as report:
-        (measured,) = runs.measure([found], _measured_on(found), options=options, progress=lambda what, i, n: report({"measuring": what, "done": i, "of": n}))
+        (measured,) = runs.measure([found], inference.tested(found), options=options, progress=lambda what, i, n: report({"measuring": what, "done": i, "of": n}))
     show.run(measured)
-
-
-def _measured_on(run: Run) -> Task:
-    """The run's task with the test examples that it keeps; where they are no plain text, the whole task from its source."""
-    from paretune import inference, store, tasks
-
-    sample = store.read_json(run.folder / "sample.json")
-    if sample:
-        return dataclasses.replace(inference.task_of(run), test=tasks.Rows(sample))
-    task = tasks.rebuild(run.record["task_definition"])
-    if task.fingerprint != run.record["task_fingerprint"]:
-        raise DataError(f"{task.source} is not the data that run {run.id} was trained on; put the old file back, or run the recipe again")
-    return task
 
 
 @verb("paretune report out/ --battery 15Wh --rate 1/s --under 'latency_p50_ms=20, stored_mb=30'")

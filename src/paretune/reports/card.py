@@ -40,6 +40,7 @@ def render(record: Record, *, license_id: str | None = None) -> str:
         "Use": _block("python", _USE),
         "Scores": _scores(record),
         "Costs": [*_costs(record), "", _meter(Cost.from_json(record["cost"]))],
+        **({"Export": _export(record["export"])} if "export" in record else {}),
         "Run it again": _block("sh", words.command(record)),
     }
     head = [f"# {_plain(record['backbone'])} for {_plain(record['task'])}", "",
@@ -95,6 +96,12 @@ def _costs(record: Record) -> list[str]:
         else:
             rows.append(f"| {text}{mark} | {show(got, unit)} | {f'{show(pair[0], unit)} to {show(pair[1], unit)}' if pair else '-'} |")
     return rows
+
+
+def _export(parity: Record) -> list[str]:
+    """How near the exported graph answers to the model that was scored and measured."""
+    return [f"A {parity['form']} ONNX graph. On {parity['rows']} test rows it scores {parity['score']:.4f} where the model it was made from scores "
+            f"{parity['model_score']:.4f}, and its logits are off by a share of {parity['drift']:.2g}. The scores above are that model's."]  # fmt: skip
 
 
 def _meter(cost: Cost) -> str:

@@ -1,0 +1,174 @@
+"""ONNX exports: the graph answers as the run does for any rows and lengths, float and int8, or is refused with the figures and leaves nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import types
+
+import numpy
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import tiny
+from paretune import exports, flow, inference, onnx_files, options, runs, store, tasks
+from paretune.errors import Incompatible, StoreError
+
+ONCE = options.Options(training=options.Training(epochs=1, batch=8))
+NEW = ["the good film", "a bad and very very long story about a plot with an actor", "!"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with tiny backbones and texts."""
+    folder = tmp_path_factory.mktemp("place")
+    for name, family, kind in (("bert", "bert", "base"), ("t5", "t5", "seq2seq")):
+        tiny.model(family, kind).save_pretrained(folder / name)
+        tiny.tokenizer().save_pretrained(folder / name)
+    (folder / "bert" / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\nA tiny one.\n")
+    with (folder / "films.csv").open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["text", "label"])
+        rows.writerows([f"the {noun} was {word} {'very ' * n} {n}", label] for n, noun in enumerate(["film", "book", "plot"] * 4)
+                       for word, label in (("good", "up"), ("bad", "down")))  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """A run that trained, by its recipe; it measured nothing."""
+    made = {}
+
+    def run(recipe, *, backbone="bert", kind=None):
+        if (recipe, backbone, kind) not in made:
+            task = tasks.task(str(place / "films.csv"), text="text", label="label", kind=kind)
+            made[recipe, backbone, kind] = runs.make(flow._plan(flow.as_recipe(recipe), task, str(place / backbone), place / "out", 0, ONCE), recipe)
+        return made[recipe, backbone, kind]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    """The folder to which a run was exported, by its recipe."""
+    made = {}
+
+    def export(recipe):
+        if recipe not in made:
+            made[recipe] = flow.export(finished(recipe), tmp_path_factory.mktemp("to") / "export", to="onnx")
+        return made[recipe]
+
+    return export
+
+
+FLOAT, INT8 = "lora(r=2)", "full | int8"
+
+
+@pytest.mark.parametrize("recipe, tolerance", [(FLOAT, 1e-5), (INT8, 0.05)])
+def test_the_graph_answers_as_the_run_does(recipe, tolerance, finished, exported):
+    folder = exported(recipe)
+    assert {"model.onnx", "config.json", "run.json", "README.md", "tokenizer.json", "sample.json"} <= {p.name for p in folder.iterdir()}
+    run, again = finished(recipe), store.Run.read(folder)
+    for rows in (NEW, NEW[:1]):
+        for mine, its in zip(run.predict(rows), again.predict(rows), strict=True):
+            assert abs(mine["p_up"] - its["p_up"]) < tolerance
+
+
+def test_onnxruntime_alone_gives_the_logits_of_transformers(finished, exported):
+    run = finished(FLOAT)
+    model = inference.open_model(run.model, inference.task_of(run))
+    session = onnxruntime.InferenceSession(exported(FLOAT) / "model.onnx", providers=["CPUExecutionProvider"])
+    for how in ({"batch": 1, "length": 2}, {"batch": 5, "length": 40}):
+        batch = tiny.inputs("bert", **how)
+        names = {given.name for given in session.get_inputs()}
+        batch |= {"token_type_ids": torch.zeros_like(batch["input_ids"])} if "token_type_ids" in names else {}
+        (logits,) = session.run(["logits"], {n: batch[n].numpy() for n in names})
+        with torch.no_grad():
+            assert numpy.allclose(logits, model(**batch).logits.numpy(), atol=1e-5)
+
+
+def test_int8_runs_export_their_own_codes(finished, exported):
+    run = finished(INT8)
+    model = inference.open_model(run.model, inference.task_of(run))
+    graph = onnx.load(exported(INT8) / "model.onnx").graph
+    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == sum(isinstance(m, onnx_files.PackedLinear) for m in model.modules())
+    stored = [onnx.numpy_helper.to_array(t) for t in graph.initializer]
+    for module in (m for m in model.modules() if isinstance(m, onnx_files.packed.Packed)):
+        codes = module.weight.view(module.shape).numpy()
+        as_stored = codes if isinstance(module, onnx_files.packed.PackedEmbedding) else codes.T
+        assert any(t.dtype == numpy.int8 and t.shape == as_stored.shape and (t == as_stored).all() for t in stored)
+
+
+def test_the_folder_says_what_it_is(finished, exported):
+    run, folder = finished(FLOAT), exported(FLOAT)
+    record, text = json.loads((folder / "run.json").read_text()), (folder / "README.md").read_text()
+    assert record["loads_with"] == "onnx" and record["recipe"] == run.recipe and record["score"] == run.score
+    assert record["export"]["form"] == "float" and record["export"]["drift"] < 1e-5 and record["export"]["score"] == record["export"]["model_score"]
+    opened = ("model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json")
+    assert record["cost"]["stored_mb"] == pytest.approx(sum((folder / name).stat().st_size for name in opened if (folder / name).is_file()) / 1e6)
+    assert record["cost"]["train_s"] == run.cost.train_s and record["cost"]["latency_p50_ms"] is None
+    assert "license: \"apache-2.0\"" in text and "A float ONNX graph" in text and FLOAT in text and record["task_fingerprint"] in text
+
+
+def test_the_folder_is_measured_like_a_run(exported):
+    run = store.Run.read(exported(FLOAT))
+    task = inference.tested(run)
+    bench = inference.Bench(inference.open_model(run.model, task), task)
+    bench.one()
+    bench.many(8)()
+    assert inference.answers(run, task.test)
+
+
+def test_a_graph_that_answers_otherwise_is_refused_and_leaves_nothing(finished, exported, tmp_path, monkeypatch):
+    other = exported(FLOAT) / "model.onnx"
+    monkeypatch.setattr(onnx_files, "_trace", lambda model, task, path, *, name: path.write_bytes(other.read_bytes()))
+    with pytest.raises(Incompatible, match=r"answers otherwise.*test rows its logits are off by [\d.e+-]+ \(tolerated 0.001\) and it scores"):
+        flow.export(finished("lora(r=2) + schedule(lr=0.1)"), tmp_path / "export", to="onnx")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("parity", [
+    onnx_files.Parity("float", 9, 2e-3, 0.9, 0.9), onnx_files.Parity("int8", 9, 0.2, 0.9, 0.9), onnx_files.Parity("int8", 9, 0.01, 0.88, 0.9),
+    onnx_files.Parity("float", 9, float("nan"), 0.9, 0.9), onnx_files.Parity("float", 9, 0.0, 15.0, 14.0),
+])  # fmt: skip
+def test_drift_of_outputs_or_score_is_refused(parity):
+    with pytest.raises(Incompatible, match=f"the run.*{parity.model_score:.4f}.*nothing was written"):
+        parity.check("the run")
+
+
+def test_what_is_tolerated_passes():
+    onnx_files.Parity("float", 9, 9e-4, 0.9, 0.9).check("the run")
+    onnx_files.Parity("int8", 9, 0.14, 0.895, 0.9).check("the run")
+
+
+def test_what_no_graph_holds_is_refused(finished, tmp_path):
+    for run, word in ((finished("full | nf4"), "nf4 is neither"), (finished("full", backbone="t5", kind="generation"), "generated text needs many calls")):
+        with pytest.raises(Incompatible, match=f"{word}.*--to hf"):
+            flow.export(run, tmp_path / "export", to="onnx")
+    assert not any(tmp_path.iterdir())
+
+
+def test_room_and_packages_are_asked_for_first(finished, tmp_path, monkeypatch):
+    run = finished(FLOAT)
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_files.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1e3))
+        with pytest.raises(StoreError, match="MB of memory are needed"):
+            exports.write(run, tmp_path / "export", to="onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr(store.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1e3))
+        with pytest.raises(StoreError, match="MB are needed and 0 MB are free"):
+            exports.write(run, tmp_path / "export", to="onnx")
+    monkeypatch.setattr(onnx_files.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Incompatible, match=r"needs onnx, onnxscript or onnxruntime.*paretune\[onnx\]"):
+        exports.write(run, tmp_path / "export", to="onnx")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_has_a_graph(family, tmp_path):
+    import work
+
+    assert onnx_files.write(work.ready(family).eval(), work.task(family), tmp_path, name=family).drift < 1e-5
