@@ -23,7 +23,7 @@ SENTENCE = "paretune (import paretune before opening this folder)"
 
 def record(model: Any) -> dict[str, Any] | None:
     """What must be rebuilt before the weights of this model can be loaded; None for a plain model."""
-    from paretune import surgery
+    from paretune import sharing, surgery
     from paretune.seams import Selected
 
     patches, selected = [], []
@@ -37,12 +37,13 @@ def record(model: Any) -> dict[str, Any] | None:
                 patches.append({"adapter": adapter, "key": key, "method": patch.method.spell(), "site": site, **form})
     packed = [{"path": p, "method": m.packed_by} for p, m in model.named_modules() if hasattr(m, "packed_by")]
     resized = [{"path": p, "sizes": m.__dict__["resized"]} for p, m in model.named_modules() if "resized" in m.__dict__]
-    if not (patches or selected or packed or resized):
+    shared = sharing.shared_layers(model)
+    if not (patches or selected or packed or resized or shared):
         return None
     here = surgery.state(model)
     adapters = {name: [m.spell() for m in methods] for name, methods in here.adapters.items()}
     return {"quant_method": NAME, "format": FORMAT, "adapters": adapters, "active": list(here.active),
-            "patches": patches, "selected": selected, "packed": packed, "resized": resized}  # fmt: skip
+            "patches": patches, "selected": selected, "packed": packed, "resized": resized, "shared": shared}  # fmt: skip
 
 
 def speaks(config: dict[str, Any]) -> bool:
@@ -68,14 +69,17 @@ def _long(rows: Any) -> tuple[int, ...] | None:
 
 def refresh(model: Any) -> None:
     """Brings the config up to date with what is on the model, so that `save_pretrained` is always right."""
+    from paretune import sharing
+
     config = getattr(model, "config", None)
     if config is None:
         return
     now = record(model)
+    sharing.declare(model)
     config.__dict__.pop("attn_implementation", None)
     if now is not None:
         config.quantization_config = now
-        if now["patches"] or now["packed"] or now["resized"]:
+        if any(now[what] for what in ("patches", "packed", "resized", "shared")):
             config.__dict__["attn_implementation"] = SENTENCE
     elif getattr(config, "quantization_config", None) is not None and dict(config.quantization_config).get("quant_method") == NAME:
         del config.quantization_config
@@ -85,7 +89,7 @@ def rebuild(model: Any, wanted: dict[str, Any]) -> None:
     """Gives a plain model the patches and packed modules that the record names; their values are loaded later."""
     import torch
 
-    from paretune import seams, surgery, weights
+    from paretune import seams, sharing, surgery, weights
     from paretune.anatomy import Site
     from paretune.recipe import parse
 
@@ -108,6 +112,8 @@ def rebuild(model: Any, wanted: dict[str, Any]) -> None:
     seams.sweep(model)
     for item in wanted["selected"]:
         surgery.select(model, item["adapter"], item["key"], [f"{item['module']}.{n}".lstrip(".") for n in item["names"]])
+    for follower in wanted.get("shared", ()):
+        sharing.sever(model.get_submodule(follower))
     for _, _, seam in surgery.seams_of(model):
         seam.active = tuple(wanted["active"])  # the file holds the values as they were, so nothing is exchanged
     here.active = tuple(wanted["active"])
@@ -149,10 +155,12 @@ def _register(module: ModuleType) -> None:
             rebuild(model, self.quantization_config.to_dict())
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            from paretune import surgery
+            from paretune import sharing, surgery
 
             for module in [m for m in model.modules() if hasattr(m, "loaded")]:
                 module.loaded()  # such as sparse weights, which become dense
+            for follower, leader in getattr(self.quantization_config, "shared", {}).items():
+                sharing.tie(model.get_submodule(leader), model.get_submodule(follower))
             refresh(model)
             surgery.freeze(model)  # loading makes new parameters, which ask for gradients
             model.is_quantized = False  # Trainer may train the adapters

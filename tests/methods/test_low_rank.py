@@ -154,7 +154,7 @@ def test_int8_packs_both_factors(tmp_path):
 def test_mistakes_are_refused():
     with pytest.raises(RecipeError, match="give rank or energy"):
         LowRank(rank=2, energy=0.9)
-    with pytest.raises(Incompatible, match="would fill"):
+    with pytest.raises(Incompatible, match="would undo"):
         parse("low_rank | lora | merge").check()
     with pytest.raises(Incompatible, match="give the task"):
         phases.shrink(tiny.model("bert"), LowRank(activation_aware=True))

@@ -130,7 +130,7 @@ def test_int8_packs_a_sparse_model_and_keeps_its_zeros(tmp_path):
 
 def test_no_merge_fills_the_zeros():
     for text in ("magnitude | lora | merge", "lora | magnitude | merge", "magnitude | int8 | lora | merge"):
-        with pytest.raises(Incompatible, match="would fill|int8|float"):
+        with pytest.raises(Incompatible, match="would undo|int8|float"):
             parse(text).check()
     parse("lora | merge | magnitude | full | merge").check()
     model = work.ready("bert")

@@ -47,7 +47,7 @@ class Merge(Transform):
             raise Incompatible(f"merge: {trail.by} left {trail.weights} weights, and a merge adds to float ones; put merge before {trail.by}")
         filling = next((m for m in trail.attached if not m.selects), None)
         if trail.fixed and filling is not None:
-            raise Incompatible(f"merge: {filling!r} would fill what {trail.fixed} left out of the weights; leave merge out, or put it before {trail.fixed}")
+            raise Incompatible(f"merge: {filling!r} would undo what {trail.fixed} fixed in the weights; leave merge out, or put it before {trail.fixed}")
         return trail.replace(attached=())
 
     def apply(self, model: nn.Module, examples: Examples | None = None) -> nn.Module:
