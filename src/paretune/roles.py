@@ -31,7 +31,7 @@ class Trail:
     weights: str = "float"  # the format of the linear weights: "float", or what a transform left ("int8", "bf16")
     by: str = ""  # the spelling of the transform that left it
     narrowed: tuple[str, ...] = ()  # the spellings of the transforms that kept a share of all neurons or heads
-    fixed: str = ""  # the spelling of a transform that left zeros or thin factors, which no sum may fill
+    fixed: str = ""  # the spelling of a transform that left zeros, thin factors or shared layers, which no sum may undo
     carries: bool = False  # do weights of that format pass gradients on to adapters, as a frozen base?
     embeddings: str = "float"  # the format of the token embedding, where a transform packed it
     readout: Readout | None = None  # how the answer is read, where that is not a trained head
