@@ -49,6 +49,10 @@ class Events:
         """The validation score of this epoch, where it is not that of the model as it stands."""
         return None
 
+    def flops(self) -> float | None:
+        """FLOPs of the phase so far that were done beside the model's own passes; None where they cannot be counted."""
+        return 0.0
+
     def state(self) -> dict[str, Tensor]:
         """Tensors that a resumed training needs."""
         return {}

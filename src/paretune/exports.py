@@ -38,15 +38,15 @@ def write(run: store.Run, folder: Path, *, to: str = "hf") -> Path:
         raise StoreError(f"{folder} holds something already; name a new or an empty folder")
     if not (run.folder / "model" / "config.json").is_file():
         raise StoreError(f"{run.folder} holds no model; give a run folder that `paretune run` wrote")
-    record = run.record
+    record = {**run.record, "license": _license(run)}
     with store.written(folder) as part:
         if to == "hf":
             shutil.copytree(run.folder / "model", part, dirs_exist_ok=True)
         elif to == "peft":
             _write_peft(run, part)
         else:
-            record = _write_onnx(run, part)
-        card.save(record, part, license_id=_license(run))
+            record = _write_onnx(run, part, record)
+        card.save(record, part)
     return folder
 
 
@@ -58,7 +58,7 @@ def _license(run: store.Run) -> str | None:
         return None
 
 
-def _write_onnx(run: store.Run, folder: Path) -> dict[str, Any]:
+def _write_onnx(run: store.Run, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """The graph, what reads text for it, and a record with which `predict` and `measure` take the folder; gives the record."""
     task = inference.tested(run)
     model = inference.open_model(run.model, task)
@@ -69,7 +69,7 @@ def _write_onnx(run: store.Run, folder: Path) -> dict[str, Any]:
     trained = {name: getattr(run.cost, name) for name in MEASURED if name.startswith("train") or name == "head_parameters"}
     cost = dataclasses.replace(unmeasured("the export is not measured yet; `paretune measure` does it"), **trained, stored_mb=store.stored_mb(folder))
     cost = dataclasses.replace(cost, reasons=cost.reasons | {name: run.cost.reasons[name] for name in trained if name in run.cost.reasons})
-    record = {**run.record, "loads_with": "onnx", "cost": cost.to_json(), "export": dataclasses.asdict(parity)}
+    record = {**record, "loads_with": "onnx", "cost": cost.to_json(), "export": dataclasses.asdict(parity)}
     store.write_json(folder / "run.json", record)
     shutil.copyfile(run.folder / "sample.json", folder / "sample.json")
     if run.record["per_example"]:

@@ -138,6 +138,8 @@ class Bench:
 
     def flops(self) -> Reading:
         """FLOPs of an inference: the mean over the deciles of the length."""
+        if isinstance(self.model, onnx_files.Runner):
+            return missing("FLOP", "FLOPs are not counted in a graph; the run that it was exported from has them")
         by_length = sorted(self.encodings, key=self.task.kind.length)
         picked = [by_length[round(q * (len(by_length) - 1))] for q in np.linspace(0.05, 0.95, 10)]
         readings = [flops.forward(lambda b=self._batch([e]): self.model(**b), self.model) for e in picked]

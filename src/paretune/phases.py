@@ -167,7 +167,7 @@ def _train(plan: Plan, k: int, model: nn.Module, work: Path) -> dict[str, Any]:
     (fit,) = fitted
     return record | found | {
         "examples": fit.examples, "steps": fit.steps, "epochs": fit.epochs, "best_epoch": fit.best_epoch, "dtype": fit.dtype,
-        "attention": fit.attention, "train_flops": None if each is None else each * fit.examples,
+        "attention": fit.attention, "train_flops": None if each is None or fit.flops_beside is None else each * fit.examples + fit.flops_beside,
     }  # fmt: skip
 
 

@@ -109,6 +109,12 @@ class Teacher:
                     self.shelves[name].put(i, matrix)
         return {name: [shelf.get(i).to(self.loop.accelerator.device) for i in indices] for name, shelf in self.shelves.items()}
 
+    def flops(self) -> float | None:
+        """FLOPs of all its forward passes in this phase, those before a kill among them."""
+        each = training.forward_flops(self.model, self.loop.task)
+        asked = self.loop.examples if self.shelves is None else next(iter(self.shelves.values())).count()
+        return None if each is None else each * asked
+
     def _ask(self, indices: Sequence[int]) -> dict[str, list[Tensor]]:
         loop, processor = self.loop, surgery.state(self.model).processor
         batch = loop.task.kind.collate([self.encodings[i] for i in indices], processor)
@@ -160,6 +166,10 @@ class Shelf:
     def has(self, i: int) -> bool:
         """Is the example there?"""
         return bool(self.rows[i])
+
+    def count(self) -> int:
+        """How many examples are there."""
+        return int((self.rows > 0).sum())
 
     def put(self, i: int, matrix: Tensor) -> None:
         """Keeps an example's matrix; it counts as there once all of it is."""

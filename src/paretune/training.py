@@ -52,6 +52,7 @@ class Fitted:
     best_epoch: int
     dtype: str
     attention: str
+    flops_beside: float | None = 0.0  # FLOPs of modifiers, such as a teacher's; None where they cannot be counted
 
 
 def fit(model: nn.Module, task: Task, *, schedule: Schedule, modifiers: Sequence[Modifier] = (), settings: Settings = Settings()) -> Fitted:  # noqa: B008
@@ -111,7 +112,10 @@ class Loop:
         if self.best is not None:
             _load(self.parameters, self.best)
         checkpoints.clear(self.settings.folder)
-        return Fitted(self.history, self.step, self.examples, self.best_epoch, self.pace.dtype, self.pace.attention)
+        beside = [events.flops() for events in self.events]
+        return Fitted(
+            self.history, self.step, self.examples, self.best_epoch, self.pace.dtype, self.pace.attention, None if None in beside else sum(filter(None, beside))
+        )
 
     @property
     def _epochs(self) -> int:

@@ -320,3 +320,12 @@ def test_a_killed_training_goes_on_bit_for_bit(tmp_path):
         trained(tmp_path / "cut", until=9)
     torch.manual_seed(1)  # the state of the generator comes from the checkpoint
     assert steps.same(trained(tmp_path / "cut"), whole)
+
+
+@pytest.mark.parametrize("cache, passes", [(True, 24), (False, 2 * 24)])
+def test_the_teacher_s_passes_are_counted_among_the_training_s_flops(cache, passes):
+    student, teacher = taught()
+    loop = loop_of(student, work.text_task(), teacher=teacher)
+    loop.schedule = dataclasses.replace(loop.schedule, epochs=2.0)
+    loop.events = [Distill(After(1), cache=cache).events(loop)]
+    assert loop.run().flops_beside == pytest.approx(passes * training.forward_flops(teacher, loop.task))

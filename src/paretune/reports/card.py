@@ -34,6 +34,7 @@ def render(record: Record, *, license_id: str | None = None) -> str:
         record: the run's record.
         license_id: the backbone's license as the hub names it, "apache-2.0"; None where it is not known, and the card says so.
     """
+    license_id = license_id or record.get("license")
     score = words.with_interval(record["score"], interval(record, "score"))
     sections = {
         "What it is": _facts(record, license_id),

@@ -170,6 +170,9 @@ class _Distilling(Events):
             raise Incompatible(f"{knobs!r}: what learns in this phase changes nothing of what is compared; let more learn, as in full + {knobs!r}")
         return total
 
+    def flops(self) -> float | None:
+        return self.teacher.flops()
+
     def _apart(self, batch: dict[str, Tensor], taught: dict[str, list[Tensor]], *, targets: list[int]) -> Tensor:
         """The distances inside, as a mean over the tokens of each example, summed over its targets as the task's loss is."""
         knobs, mine = self.knobs, self._inside(self.seen, [m for m, _ in self.places], self.maps)
