@@ -53,13 +53,15 @@ def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def scaled(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
     """What codes (..., n) stand for, s (q − z), in fp32."""
-    steps = codes.float() if zeros is None else codes.float() - zeros.float()[..., None]
-    return steps.mul_(scales.float()[..., None]) if zeros is not None else steps * scales.float()[..., None]
+    if zeros is None:
+        return codes * scales.float()[..., None]
+    return (codes - zeros.float()[..., None]).mul_(scales.float()[..., None])
 
 
 def grouped(x: Tensor, size: int) -> Tensor:
     """(..., n) as (..., ⌈n / size⌉, size), the last group filled up with zeros, which change neither mapping."""
-    return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    rest = -x.shape[-1] % size
+    return (F.pad(x, (0, rest)) if rest else x).unflatten(-1, (-1, size))
 
 
 def ungrouped(x: Tensor, length: int) -> Tensor:

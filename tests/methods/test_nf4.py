@@ -89,7 +89,8 @@ def test_qlora(family, tmp_path):
     assert min(losses) < 0.9 * losses[0]
     learned = steps.learning(model)
     assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items() if n not in learned)
-    assert sum("paretune" in n for n in learned) == 2 * sum(isinstance(m, PackedLinear) for m in model.modules() if type(m) is not PackedLinear) or family == "gpt2"
+    maps = [s for s in LoRA(targets="linear").sites(model) if isinstance(model.get_submodule(s.path), PackedLinear)]
+    assert maps and sum("paretune" in n for n in learned) == 2 * len(maps)
     wanted = steps.logits(model, family)
     assert not torch.equal(wanted, start)
     model.save_pretrained(tmp_path)
@@ -97,7 +98,7 @@ def test_qlora(family, tmp_path):
     assert torch.equal(steps.logits(loaded, family), wanted)
     assert torch.equal(steps.logits(copy.deepcopy(model), family), wanted)
     surgery.switch(loaded)
-    assert torch.equal(steps.logits(loaded, family), steps.logits(phases.shrink(work.ready(family), NF4()), family)) or not learned.keys() <= set(before)
+    assert torch.equal(steps.logits(loaded, family), steps.logits(phases.shrink(work.ready(family), NF4()), family))  # each adapter has its own head
 
 
 def test_the_gradients_of_the_adapters_are_those_on_a_float_base_of_the_same_values():
@@ -146,7 +147,10 @@ def test_merge_leaves_dequantized_weights_in_bf16():
         surgery.unmerge(model)
 
 
-@pytest.mark.parametrize("text", ['nf4 | lora(targets="linear")', "nf4 | ia3", "nf4 | lora | merge | nf4", "nf4 | vocabulary", "cast | nf4 | lora", "lora | nf4 | lora"])
+COMPOSE = ['nf4 | lora(targets="linear")', "nf4 | ia3", "nf4 | lora | merge | nf4", "nf4 | vocabulary", "cast | nf4 | lora", "lora | nf4 | lora"]
+
+
+@pytest.mark.parametrize("text", COMPOSE)
 def test_recipes_that_compose(text):
     assert str(parse(text).check()) == text
 
