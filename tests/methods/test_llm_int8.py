@@ -6,6 +6,7 @@ from torch import nn
 
 import work
 from paretune import phases
+from paretune.meters import flops
 from paretune.methods.transforms.llm_int8 import LLMInt8
 from paretune.packed import PackedLinear
 
@@ -47,6 +48,12 @@ def test_outliers_apart_the_rest_keeps_its_precision():
     exact = linear(x).detach()
     errors = {t: float((made(linear, threshold=t)(x) - exact).norm() / exact.norm()) for t in (0.0, 6.0)}
     assert errors[6.0] < 0.01 < 0.03 < errors[0.0]
+
+
+def test_both_products_are_counted():
+    module, x = made(nn.Linear(64, 96)), torch.randn(5, 64).clamp(-5, 5)
+    x[2, 7] = x[3, 11] = 50.0
+    assert flops.forward(lambda: module(x), module).value == 2 * 5 * 96 * (64 + 2)
 
 
 def test_a_row_of_zeros_and_half_precision():

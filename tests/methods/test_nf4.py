@@ -11,7 +11,7 @@ import paretune  # noqa: F401 - lets transformers open our folders
 import steps
 import tiny
 import work
-from paretune import packed, phases, surgery
+from paretune import packed, peft_format, phases, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.transforms.merge import Merge
@@ -164,3 +164,16 @@ def test_recipes_that_are_refused(text):
 def test_embeddings_and_head_stay_float():
     model = phases.shrink(tiny.model("bert"), NF4())
     assert isinstance(model.bert.embeddings.word_embeddings, nn.Embedding) and isinstance(model.classifier, nn.Linear)
+
+
+def test_an_adapter_that_was_trained_on_it_is_saved_for_peft(tmp_path):
+    """PEFT's files hold the adapter alone, so it goes on a float base of the same values, too."""
+    model = work.ready("bert")
+    phases.shrink(model, NF4())
+    plain = copy.deepcopy(model)
+    packed.unpack(plain)
+    surgery.attach(model, [LoRA(r=2, targets="linear")], head=False)
+    steps.disturb(model)
+    peft_format.save(model, tmp_path, base="tiny")
+    peft_format.read_peft(plain, tmp_path, same_backbone=False)
+    torch.testing.assert_close(steps.logits(plain, "bert"), steps.logits(model, "bert"), rtol=1e-4, atol=1e-6)

@@ -125,8 +125,14 @@ def _attention_backward(gradient: torch.Size, query: torch.Size, key: torch.Size
     return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
+def _product(left: torch.Size, right: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """A product of matrices of whole numbers."""
+    return 2 * left[0] * left[1] * right[1]
+
+
 _MISSED = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _ATEN._int_mm: _product,
 }
 _UNSEEN = "linear maps counted from their shapes"

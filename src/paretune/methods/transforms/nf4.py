@@ -39,7 +39,7 @@ class NF4(Packing):
         "double quantization adds less than 0.1 % to that. Embeddings, tied outputs and the task's head stay float.",
     )
     carries = True
-    error = 0.11
+    error = 0.12
 
     block: int = knob(64, "weights with one constant, a power of two", choices=(32, 64, 128, 256, 512, 1024, 2048, 4096))
     double_quant: bool = knob(True, "store the constants in 8 bits, too: 0.127 bits a weight in the place of 0.5")
