@@ -279,7 +279,8 @@ def replace(model: nn.Module, path: str, new: nn.Module) -> None:
 def count(model: nn.Module) -> tuple[int, int]:
     """(parameters that learn without the head, parameters of the head that learn); works on the meta device."""
     head = in_head(model)
-    sizes = [(head(n), p.numel()) for n, p in model.named_parameters() if p.requires_grad]
+    kept = {f"{path}.weight": m.resized["kept"] for path, m in model.named_modules() if getattr(m, "paretune_sparse", False)}  # zeros do not learn
+    sizes = [(head(n), kept.get(n, p.numel())) for n, p in model.named_parameters() if p.requires_grad]
     return sum(size for inside, size in sizes if not inside), sum(size for inside, size in sizes if inside)
 
 

@@ -17,6 +17,7 @@ from paretune.roles import Examples
 from test_ffn import importance_by_differences
 
 FAMILIES = ("bert", "roberta", "electra", "gpt2", "llama", "mistral", "qwen3", "gemma2", "t5", "bart", "opt", "vit", "deit", "distilbert")
+SAID = ("llama", "mistral", "qwen3", "gemma2", "t5", "vit", "deit")  # whose configs name the size of a head
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
@@ -52,6 +53,7 @@ def test_the_small_model_is_the_masked_one(family, keep, left, tmp_path):
     torch.testing.assert_close(steps.logits(after, family), steps.logits(whole, family), rtol=1e-4, atol=1e-5)
     phases.save_model(after, tmp_path)
     loaded = inference.open_model(tmp_path, task)
+    assert phases.loads_with(tmp_path) == ("transformers" if family in SAID else "transformers+paretune")
     assert torch.equal(steps.logits(loaded, family), steps.logits(after, family))
     assert sum(p.numel() for p in after.parameters()) < sum(p.numel() for p in before.parameters())
 
@@ -74,6 +76,15 @@ def test_other_changes_come_before_and_behind_it(tmp_path):
     surgery.settle(model)
     phases.save_model(model, tmp_path)
     assert torch.equal(steps.logits(inference.open_model(tmp_path, task), "bert"), steps.logits(model, "bert"))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_what_else_the_record_says_stays(family, tmp_path):
+    model, task = work.ready(family), work.task(family)
+    for text in ('magnitude(targets="ffn")', "attention_heads", 'low_rank(targets="attention")'):
+        phases.shrink(model, parse(text).phases[0][0], task)
+    phases.save_model(model, tmp_path)
+    assert torch.equal(steps.logits(inference.open_model(tmp_path, task), family), steps.logits(model, family))
 
 
 def test_what_it_cannot_cut_is_refused():

@@ -70,6 +70,8 @@ def test_zeros_stay_zero_and_the_rest_learns_to_the_disk_and_back(tmp_path):
     zero = {p: m.weight == 0 for p, m in model.named_modules() if isinstance(m, SparseLinear)}
     before = {p: model.get_submodule(p).weight.detach().clone() for p in zero}
     surgery.attach(model, [Full()])
+    learning = sum(p.numel() for n, p in steps.learning(model).items() if not n.startswith(("classifier", "bert.pooler")))
+    assert surgery.count(model)[0] == learning - sum(int(mask.sum()) for mask in zero.values())
     work.fitted(model, given, weight_decay=0.1)
     surgery.freeze(model)
     surgery.settle(model)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
+import torch
 from torch import nn
 
 from paretune.anatomy.sites import Site, resolve
@@ -41,6 +43,11 @@ class Attention:
     output: Site
     size: int  # features of a head
     table: str | None  # the path of the table of position biases that it shares with its stack's other attentions
+
+    @property
+    def weights(self) -> list[str]:
+        """The modules whose shapes its heads decide."""
+        return [*dict.fromkeys(s.path for s in (self.query, self.key, self.value, self.output)), *([self.table] if self.table else [])]
 
     @property
     def groups(self) -> int:
@@ -94,3 +101,34 @@ def set_field(model: nn.Module, field: str, value: int) -> None:
     for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
         if hasattr(config, field) and getattr(config, "model_type", None) == model_type(model):
             setattr(config, field, value)
+
+
+def say_heads(model: Any) -> bool:
+    """Writes the numbers of heads into the config, if a model built from it then has the very shapes that this one has; did it?"""
+    found = attentions(model)
+    counts = {(a.heads, a.groups, a.size) for a in found}
+    if len(counts) != 1:
+        return False
+    ((heads, groups, size),) = counts
+    fields = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": size}
+    named = any("head_dim" in model.get_submodule(a.path).__dict__ for a in found)
+    fields = {f: v for f, v in fields.items() if hasattr(model.config, f) or f == "head_dim" and named}
+    if not _builds(model, fields, [path for a in found for path in a.weights]):
+        return False
+    for field, value in fields.items():
+        setattr(model.config, field, value)
+        set_field(model, field, value)
+    return True
+
+
+def _builds(model: Any, fields: dict[str, int], paths: list[str]) -> bool:
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("attn_implementation", None)
+    try:
+        for field, value in fields.items():
+            setattr(config, field, value)
+        with torch.device("meta"):
+            twin = type(model)(config)
+    except ValueError:  # most families divide the hidden size by the number of heads
+        return False
+    return all(twin.get_submodule(path).weight.shape == model.get_submodule(path).weight.shape for path in paths)

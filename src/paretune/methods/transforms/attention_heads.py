@@ -34,7 +34,7 @@ class AttentionHeads(Narrowing):
         lowers="E",
         why="Attention's maps and its work over pairs of tokens fall with the number of heads; many heads can go at little loss.",
         note="The paper ranks heads over all layers; here every layer keeps as many, and T5, whose layers share a bias per head, the same ones. The size "
-        "of a head stays, which most configs cannot say, so the folder opens with transformers and paretune. Importance is that for the trained task.",
+        "of a head stays; where the config can say that (Llama, T5, ViT), the folder opens with transformers alone, else (BERT, GPT-2) with paretune, too. Importance is that for the trained task.",
     )
 
     keep: int | float = knob(0.5, "how many heads (or groups of heads that share keys) stay: a share up to 1.0, or a number", search="0.2..1.0")
@@ -53,6 +53,9 @@ class AttentionHeads(Narrowing):
             scores |= dict.fromkeys(together, torch.stack([scores[path] for path in together]).sum(0))
         for attention in attentions:
             self._cut(model, attention, highest(scores[attention.output.path], self.number(attention.groups)))
+        if anatomy.say_heads(model):
+            for path in (path for a in attentions for path in (a.path, *a.weights)):
+                model.get_submodule(path).__dict__.pop("resized", None)
         hub.refresh(model)
         return model
 
