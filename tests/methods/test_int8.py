@@ -266,9 +266,9 @@ def test_static_ranges_are_those_of_the_examples():
     x = torch.tensor([[low, 0.0, high, *[0.1] * 13], [low * 5, 0.0, high * 5, *[0.1] * 13]])
     if int8.levels_here() == 255:
         step = (high - low) / 255
-        u = ((x - low) / step + 0.5).clamp(0, 255).floor()
-        assert u.max() == 255 and u.min() == 0
-        torch.testing.assert_close(first(x), nn.functional.linear(low + step * u, first.dequantized(), first.bias), rtol=1e-4, atol=1e-4)
+        u = ((x / step).round() + round(-low / step)).clamp(0, 255)
+        assert u.max() == 255 and u.min() == 0 and u[0, 1] == round(-low / step)
+        torch.testing.assert_close(first(x), nn.functional.linear(step * (u - round(-low / step)), first.dequantized(), first.bias), rtol=1e-4, atol=1e-4)
     assert method.needs_examples and not Int8().needs_examples
 
 

@@ -1,9 +1,12 @@
 """int8 quantization: linear maps multiply in 8-bit integers, embeddings are stored in 8 bits.
 
     w_oi ≈ s_o q_oi,         s_o = max_i |w_oi| / 127,          q = round(w / s)            per output channel, once
-    x_i ≈ m + s u_i,         m = min x,  s = (max x − m) / 255,  u = round((x − m) / s)      per token at every forward, or
-                                                                                            per map, from training examples
+    x_i ≈ m + s u_i,         m = min x,  s = (max x − m) / 255,  u = round((x − m) / s)      per token, at every forward
     y_o = s · s_o Σ_i u_i q_oi + m · c_o + b_o,                  c_o = s_o Σ_i q_oi
+
+or, static, with one range [l, h] of a map's inputs from training examples, which holds 0:
+
+    x_i ≈ s (u_i − z),       s = (h − l) / 255,  z = round(−l / s),  u = round(x / s) + z, kept in 0 .. 255;   y_o = s · s_o Σ_i (u_i − z) q_oi + b_o
 
 Jacob et al. 2017, arXiv:1712.05877 (integer arithmetic, equations 1 to 7); Zafrir et al. 2019, arXiv:1910.06188 (Q8BERT).
 The static ranges: Wu et al. 2020, arXiv:2004.09602, section 3.3 (minmax, percentile, entropy).
@@ -44,8 +47,9 @@ class Int8(Packing):
         "3.7 times (1.3 to 1.6 times as bf16). For one token wide maps gain 1.7 times and narrow ones lose: 384 to 384 takes 3.4 times as "
         "long as in fp32. Whole MiniLM: 1.8 times as fast as fp32 for a text of 26 tokens, 2.2 times for 8 texts of 128; 1.1 and 1.25 times "
         "as bf16. Processors without VNNI get 7-bit inputs; those without the kernel, and graphics cards, dequantize: small, not fast. "
-        "The task's head, tied outputs and convolutions stay float. mode=\"static\" saves the search for each token's range and costs precision: "
-        "inputs outside the range of the examples are cut off.",
+        "The task's head, tied outputs and convolutions stay float. Static ranges, measured with AMX: 1.2 times as fast as "
+        "dynamic ones for 128 tokens and 1.4 times for 1024, equal for fewer; a map's output is off by 1.1 % in the place of 0.8 %, and inputs outside "
+        "the range of the examples are cut off.",
     )
 
     error = 0.01
@@ -85,29 +89,34 @@ class Int8(Packing):
         levels = levels_here() if x.device.type == "cpu" else 0
         if not levels:
             return module.dequantized_product(x)
-        weight, scales, zeros, sums, bias = module.ready()
+        weight, sums, bias = module.ready()
         given = x.dtype
         x = x if given is torch.float32 else x.float()  # (B, T, I)
-        fixed = getattr(module, "range", None)
-        static = fixed is not None and bool(fixed[1] > fixed[0])  # no range yet: examples are being read
-        low, high = (fixed.float() if static else (x.amin(-1, True), x.amax(-1, True)))  # (B, T, 1), or ()
+        if self.mode == "static" and bool(module.range.any()):  # else its examples are still being read
+            low, high = module.range.tolist()
+            scale = max((high - low) / levels, TINY)
+            zero = round(-low / scale)
+            codes = torch.add(torch.tensor(zero + 0.5), x, alpha=1 / scale).clamp_(0, levels)  # the conversion cuts off, so this rounds
+            y = _multiply(codes.to(torch.uint8), *weight, scale=scale, zero=zero, bias=bias)
+            return y if given is torch.float32 else y.to(given)
+        low, high = x.amin(-1, True), x.amax(-1, True)  # (B, T, 1): a scale per token, so that no row of a batch changes another's result
         scale = (high - low).div_(levels).clamp_min_(TINY)
-        codes = (x - low).div_(scale).add_(0.5)  # (B, T, I): the conversion cuts off, so this rounds
-        y = _multiply((codes.clamp_(0, levels) if static else codes).to(torch.uint8), weight, scales, zeros)  # (B, T, O)
+        codes = (x - low).div_(scale).add_(0.5).to(torch.uint8)  # (B, T, I): the conversion cuts off, so this rounds
+        y = _multiply(codes, *weight)  # (B, T, O)
         y = torch.addcmul(bias, y, scale, out=y).addcmul_(low, sums)  # in place: a fresh tensor of this size costs more than the sum
         return y if given is torch.float32 else y.to(given)
 
-    def prepare(self, module: PackedLinear) -> tuple[Tensor, ...]:
-        """The weight as the kernel wants it, s_o, its zero points, c_o and b_o."""
+    def prepare(self, module: PackedLinear) -> Any:
+        """The weight as the kernel wants it, with s_o and its zero points; c_o; and b_o."""
         codes, scales = module.weight.view(module.shape), module.scales.float()
         zeros = torch.zeros(module.out_features, dtype=torch.int32)
         bias = torch.zeros(module.out_features) if module.bias is None else module.bias.float()
-        return torch.ops.onednn.qlinear_prepack(codes, None), scales, zeros, scales * codes.sum(1), bias
+        return (torch.ops.onednn.qlinear_prepack(codes, None), scales, zeros), scales * codes.sum(1), bias
 
 
-def _multiply(codes: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """s_o Σ_i u_i q_oi (..., O) in fp32, from codes (..., I) and a weight that the kernel has packed."""
-    return torch.ops.onednn.qlinear_pointwise.default(codes, 1.0, 0, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+def _multiply(codes: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, *, scale: float = 1.0, zero: int = 0, bias: Tensor | None = None) -> Tensor:
+    """s · s_o Σ_i (u_i − z) q_oi + b_o (..., O) in fp32, from codes (..., I) and a weight that the kernel has packed."""
+    return torch.ops.onednn.qlinear_pointwise.default(codes, scale, zero, weight, scales, zeros, bias, 1.0, 0, torch.float32, "none", [], "")
 
 
 @functools.cache
