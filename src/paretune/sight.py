@@ -70,6 +70,18 @@ def watching(model: nn.Module, *, heads: bool = False) -> Iterator[Sight]:
         yield seen
 
 
+@contextlib.contextmanager
+def entering(module: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Within the block what a module reads is left here, call by call."""
+    read: list[Tensor] = []
+    hook = module and module.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    try:
+        yield read
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
 def stack(model: nn.Module) -> list[str]:
     """Paths of the layers, which stand in one stack.
 

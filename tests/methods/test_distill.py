@@ -329,3 +329,15 @@ def test_the_teacher_s_passes_are_counted_among_the_training_s_flops(cache, pass
     loop.schedule = dataclasses.replace(loop.schedule, epochs=2.0)
     loop.events = [Distill(After(1), cache=cache).events(loop)]
     assert loop.run().flops_beside == pytest.approx(passes * training.forward_flops(teacher, loop.task))
+
+
+@pytest.mark.parametrize("family, width", [("gpt2", 16), ("gemma2", tiny.SIZE)])  # Gemma 2 caps its logits behind the map
+def test_a_language_model_keeps_the_hidden_state_before_its_logits(family, width):
+    student, teacher = work.ready("gpt2", "causal"), tiny.model(family, "causal", seed=3)
+    work.processors.put(teacher, tiny.tokenizer())
+    surgery.attach(student, [Full()])
+    loop = loop_of(student, work.generation_task(), teacher=teacher)
+    kept, _ = loss_of(loop, Distill(After(1), mix=1.0))
+    assert loop.events[0].teacher.shelves["logits"].values.shape[1] == width
+    live, _ = loss_of(loop, Distill(After(1), mix=1.0, cache=False))
+    assert torch.allclose(kept, live, rtol=1e-4)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import types
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from paretune import processors, sight
+from paretune import probe, processors, sight
 from paretune.card import Card, knob
 from paretune.errors import Incompatible, RecipeError
 from paretune.roles import After, Modifier
@@ -46,8 +47,8 @@ class Distill(Modifier):
         equation="L = (1 − mix) L_task + mix · T² KL(softmax(z_t / T) ‖ softmax(z_s / T))",
         lowers="E",
         why="A smaller model comes closer to a larger one than the labels alone would bring it; the teacher's forward passes are added to its training.",
-        note="The teacher's outputs are kept on disk for the time of the phase, in fp32: logits are small for classes, hidden states and attention "
-        "are not, and the size is said first. A layer's hidden state is what it hands to the next one.",
+        note="The teacher's outputs are kept on disk for the time of the phase, in fp32, and the size is said first: little for classes, for a language "
+        "model the hidden state before its logits, much for hidden states and attention. A layer's hidden state is what it hands to the next one.",
     )
 
     teacher: After | str = knob(After(0), "who teaches: @0 (the backbone), @k (the model after phase k), a folder or a hub id")
@@ -147,6 +148,7 @@ class _Distilling(Events):
         self.knobs, self.kind, self.watch = knobs, loop.task.kind, contextlib.ExitStack()
         self.maps: list[nn.Parameter] = []  # W of the embeddings and W of the layers, where the widths differ
         self.student, self.outputs = self._probe(loop)
+        self.output: nn.Module | None = None  # the teacher's map onto a vocabulary, behind what is kept of it
         self.teacher = Teacher(knobs.teacher, loop, read=self._read, keep=knobs.cache)
         self._check_lengths(loop)
         if knobs.hidden:
@@ -162,13 +164,19 @@ class _Distilling(Events):
         knobs, taught, answers = self.knobs, self.teacher.outputs(loop.indices), self.kind.answered(outputs, batch)
         total = torch.zeros((), device=loss.device)
         if knobs.logits:
-            total = knobs.logits * softened(torch.cat(answers).float(), torch.cat(taught[LOGITS]), temperature=knobs.temperature)
+            total = knobs.logits * softened(torch.cat(answers).float(), self._logits(loop, taught), temperature=knobs.temperature)
         if knobs.inside:
             total = total + self._apart(batch, taught, targets=[len(a) for a in answers])
         total = (1 - knobs.mix) * loss + knobs.mix * total if knobs.mix < 1 else total
         if not total.requires_grad:
             raise Incompatible(f"{knobs!r}: what learns in this phase changes nothing of what is compared; let more learn, as in full + {knobs!r}")
         return total
+
+    def _logits(self, loop: Loop, taught: dict[str, list[Tensor]]) -> Tensor:
+        """The teacher's, of all targets: (targets, C)."""
+        kept = torch.cat(taught[LOGITS])
+        with torch.no_grad(), probe.autocast(loop.pace):
+            return (kept if self.output is None else self.output(kept)).float()
 
     def flops(self) -> float | None:
         return self.teacher.flops()
@@ -202,9 +210,14 @@ class _Distilling(Events):
 
     def _read(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, list[Tensor]]:
         """The teacher's matrices for each example of a batch."""
-        seen, outputs = self._seen(model, batch)
+        output = model.get_output_embeddings() if self.knobs.cache else None
+        with sight.entering(output) as entered:
+            seen, outputs = self._seen(model, batch)
         self._check_shapes(seen, outputs)
-        found = {LOGITS: self.kind.answered(outputs, batch)} if self.knobs.logits else {}
+        if not hasattr(self, "teacher") and entered and torch.equal(output(entered[-1]), outputs.logits):
+            self.output = output  # a hidden state is kept in place of its many logits
+        kept = outputs if self.output is None else types.SimpleNamespace(logits=entered[-1])
+        found = {LOGITS: self.kind.answered(kept, batch)} if self.knobs.logits else {}
         if self.knobs.inside:
             self.places = self.knobs.pairs(self.student.depth, seen.depth)
             lengths = sight.real(seen, batch).sum(1).tolist()
