@@ -25,6 +25,7 @@ from paretune import anatomy, surgery
 from paretune.errors import Incompatible
 from paretune.roles import Examples, Trail, Transform
 from paretune.seams import CHILD, base_of
+from paretune.sharing import require_own_layers
 from paretune.weights import require_floats
 
 CHUNK = 2**22  # so many weights are dequantized at a time: 16 MB in fp32
@@ -69,6 +70,7 @@ class Packing(Transform):
         return trail.replace(weights=name, by=name, carries=self.carries, embeddings=name if self.embeddings else trail.embeddings)
 
     def apply(self, model: nn.Module, examples: Examples | None = None) -> nn.Module:
+        require_own_layers(model, by=self)
         paths = packable(model, embeddings=self.embeddings)
         if not paths:
             raise Incompatible(f"{self!r}: {type(model).__name__} has no float linear map left to pack")

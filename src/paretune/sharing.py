@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from paretune.errors import Incompatible
+from paretune.roles import Method
 from paretune.seams import CHILD
 
 
@@ -48,3 +50,10 @@ def declare(model: nn.Module) -> None:
         if "shares_parameters" in module.__dict__:
             names = [name for name, _ in module.named_parameters() if CHILD not in name.split(".")]
             module.__dict__["_tied_weights_keys"] = {name.replace(".", r"\.") + "$": name for name in names} if path in found else {}
+
+
+def require_own_layers(model: nn.Module, *, by: Method) -> None:
+    """Refuses a method that would give each layer codes of its own, where layers share their parameters."""
+    follower = next(iter(shared_layers(model)), None)
+    if follower is not None:
+        raise Incompatible(f"{by!r}: {follower} shares its parameters with another layer, and codes cannot be shared; use cast, or leave share_layers out")

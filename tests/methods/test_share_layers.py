@@ -120,6 +120,8 @@ def test_what_cannot_be_shared_is_refused():
         with pytest.raises(Incompatible, match="has changed the form"):
             ShareLayers().apply(phases.shrink(work.ready("bert"), parse(text).phases[0][0]))
     model = phases.shrink(work.ready("bert"), ShareLayers())
+    with pytest.raises(Incompatible, match="codes cannot be shared"):
+        phases.shrink(model, parse("int8").phases[0][0])
     for text in ("magnitude", "ffn", "low_rank"):
         with pytest.raises(Incompatible, match="shared with another module"):
             phases.shrink(model, parse(text).phases[0][0], work.text_task())
