@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 PY := .venv/bin/python
 # offline; and torchao, a test oracle, keeps quiet about kernels it was not built for
 QUIETLY := HF_HUB_OFFLINE=1 TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1
+# two test processes with a thread each: on tiny models further threads only wait for each other
+ALONE := $(QUIETLY) OMP_NUM_THREADS=1
 DEMO_OUT ?= out/demo
 
 .PHONY: demo test test-all bench oracles clean
@@ -19,10 +21,10 @@ demo: .venv/ready  ## the main job on a real model and real text, without intern
 		--power-profile laptop --under "latency_p50_ms=8, stored_mb=60" --under "stored_mb=20" --time-budget 10min --resume --out $(DEMO_OUT)
 
 test: .venv/ready  ## what CI runs: no GPU, no network
-	$(QUIETLY) $(PY) -m pytest -q
+	$(ALONE) $(PY) -m pytest -q -n 2
 
 test-all: .venv/ready  ## every family for every pair, long kill tests, several processes
-	$(QUIETLY) $(PY) -m pytest -q --all
+	$(ALONE) $(PY) -m pytest -q -n 2 --all
 
 bench: .venv/ready  ## side by side with peft; slow, not part of the tests
 	$(QUIETLY) $(PY) -m benchmarks.vs_peft
