@@ -16,6 +16,23 @@ def merge(model: nn.Module) -> None:
     Raises:
         Incompatible: where nothing is attached, or an adapter cannot be folded; the model is then as it was.
     """
+    check(model)
+    packed = next((path for path, module, _ in seams_of(model) if hasattr(module, "dequantized")), None)
+    if packed is not None:
+        raise Incompatible(f"merge: {packed} holds codes, to which nothing can be added; shrink(model, Merge()) dequantizes them first and leaves bf16")
+    here = state(model)
+    here.before = (dict(here.adapters), here.active)
+    for path, module, seam in seams_of(model):
+        _fold(here, path, module, seam)
+        here.unmerged[path] = seam
+        seams.close_seam(module)
+        seams.keep_readout(module, seam)
+    here.adapters, here.active = {}, ()
+    hub.refresh(model)
+
+
+def check(model: nn.Module) -> None:
+    """Raises what `merge` raises, but for packed weights, and changes nothing."""
     here = state(model)
     if not here.active:
         raise Incompatible("merge: no adapter is active on the model; attach one and train it first")
@@ -27,14 +44,6 @@ def merge(model: nn.Module) -> None:
             if not method.foldable:
                 raise Incompatible(f"merge: {method!r} is no change of the weights and cannot be folded; leave merge out, the model saves with it")
     _refuse_tied(model)
-    here.before = (dict(here.adapters), here.active)
-    for path, module, seam in seams_of(model):
-        _fold(here, path, module, seam)
-        here.unmerged[path] = seam
-        seams.close_seam(module)
-        seams.keep_readout(module, seam)
-    here.adapters, here.active = {}, ()
-    hub.refresh(model)
 
 
 def _refuse_tied(model: nn.Module) -> None:

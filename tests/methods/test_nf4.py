@@ -147,6 +147,22 @@ def test_merge_leaves_dequantized_weights_in_bf16():
         surgery.unmerge(model)
 
 
+def test_a_merge_that_is_refused_changes_nothing():
+    model = work.ready("bert")
+    phases.shrink(model, NF4())
+    surgery.attach(model, [LoRA(r=2)], name="a", head=False)
+    before = steps.tensors(model)
+    with pytest.raises(Incompatible, match="holds codes"):  # the verb that can be undone
+        surgery.merge(model)
+    surgery.attach(model, [LoRA(r=2)], name="b", head=False)
+    surgery.remove(model, "b")
+    with pytest.raises(Incompatible, match="not active"):
+        surgery.attach(model, [LoRA(r=2)], name="c", head=False)
+        phases.shrink(model, Merge())
+    surgery.remove(model, "c")
+    assert steps.same(before, steps.tensors(model))
+
+
 COMPOSE = ['nf4 | lora(targets="linear")', "nf4 | ia3", "nf4 | lora | merge | nf4", "nf4 | vocabulary", "cast | nf4 | lora", "lora | nf4 | lora"]
 
 

@@ -6,7 +6,8 @@
 
 or, static, with one range [l, h] of a map's inputs from training examples, which holds 0:
 
-    x_i ≈ s (u_i − z),       s = (h − l) / 255,  z = round(−l / s),  u = round(x / s) + z, kept in 0 .. 255;   y_o = s · s_o Σ_i (u_i − z) q_oi + b_o
+    x_i ≈ s (u_i − z),       s = (h − l) / 255,  z = round(−l / s),  u = round(x / s) + z, kept in 0 .. 255
+    y_o = s · s_o Σ_i (u_i − z) q_oi + b_o
 
 Jacob et al. 2017, arXiv:1712.05877 (integer arithmetic, equations 1 to 7); Zafrir et al. 2019, arXiv:1910.06188 (Q8BERT).
 The static ranges: Wu et al. 2020, arXiv:2004.09602, section 3.3 (minmax, percentile, entropy).

@@ -11,7 +11,7 @@ import dataclasses
 
 from torch import nn
 
-from paretune import surgery
+from paretune import folding
 from paretune.card import Card
 from paretune.errors import Incompatible
 from paretune.methods.transforms.cast import Cast
@@ -41,16 +41,17 @@ class Merge(Transform):
         stuck = next((m for m in trail.attached if not m.foldable), None)
         if stuck is not None:
             raise Incompatible(f"merge: {stuck!r} is no change of the weights and cannot be folded; leave merge out, the model saves with it")
-        if trail.carries:
-            return trail.replace(attached=(), weights="bf16", by="merge", carries=False, embeddings="float")
-        if trail.weights != "float":
+        if trail.weights != "float" and not trail.carries:
             raise Incompatible(f"merge: {trail.by} left {trail.weights} weights, and a merge adds to float ones; put merge before {trail.by}")
         filling = next((m for m in trail.attached if not m.selects), None)
         if trail.fixed and filling is not None:
             raise Incompatible(f"merge: {filling!r} would undo what {trail.fixed} fixed in the weights; leave merge out, or put it before {trail.fixed}")
+        if trail.carries:
+            return trail.replace(attached=(), weights="bf16", by="merge", carries=False, embeddings="float")
         return trail.replace(attached=())
 
     def apply(self, model: nn.Module, examples: Examples | None = None) -> nn.Module:
+        folding.check(model)
         packed = unpack(model)
-        surgery.merge(model)
+        folding.merge(model)
         return Cast().apply(model) if packed else model
