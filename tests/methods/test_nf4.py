@@ -11,7 +11,7 @@ import paretune  # noqa: F401 - lets transformers open our folders
 import steps
 import tiny
 import work
-from paretune import packed, peft_format, phases, surgery
+from paretune import inference, packed, peft_format, phases, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.transforms.merge import Merge
@@ -80,8 +80,9 @@ def test_the_backward_pass_keeps_codes_and_no_weight():
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_qlora(family, tmp_path):
     """`nf4 | lora(targets="linear")`: only A and B and the head learn, the loss falls, and the folder opens again."""
-    model = work.ready(family)
-    phases.shrink(model, NF4())
+    model = phases.shrink(work.ready(family), NF4())
+    phases.save_model(model, tmp_path / "base")
+    model = inference.open_model(tmp_path / "base", work.task(family))  # as a run's next phase opens it
     before = {n: t.clone() for n, t in model.state_dict().items()}
     surgery.attach(model, [LoRA(targets="linear")])
     start = steps.logits(model, family)

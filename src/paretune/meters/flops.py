@@ -125,7 +125,7 @@ def _attention_backward(gradient: torch.Size, query: torch.Size, key: torch.Size
     return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
-def _product(left: torch.Size, right: torch.Size, *args: Any, **kwargs: Any) -> int:
+def _product(left: torch.Size, right: torch.Size, *, out_shape: Any = None) -> int:
     """A product of matrices of whole numbers."""
     return 2 * left[0] * left[1] * right[1]
 
