@@ -34,7 +34,8 @@ class AttentionHeads(Narrowing):
         lowers="E",
         why="Attention's maps and its work over pairs of tokens fall with the number of heads; many heads can go at little loss.",
         note="The paper ranks heads over all layers; here every layer keeps as many, and T5, whose layers share a bias per head, the same ones. The size "
-        "of a head stays; where the config can say that (Llama, T5, ViT), the folder opens with transformers alone, else (BERT, GPT-2) with paretune, too. Importance is that for the trained task.",
+        "of a head stays; where the config can say that (Llama, T5, ViT), the folder opens with transformers alone, else "
+        "(BERT, GPT-2) with paretune, too. Importance is that for the trained task.",
     )
 
     keep: int | float = knob(0.5, "how many heads (or groups of heads that share keys) stay: a share up to 1.0, or a number", search="0.2..1.0")

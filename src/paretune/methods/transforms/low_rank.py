@@ -39,7 +39,7 @@ class LowRank(Transform):
         lowers="E",
         why="A map of rank r costs r (O + I) products in the place of O I, on disk and in time; a short training after it brings accuracy back.",
         note="The weights of pretrained models are far from low rank: expect a loss at half the parameters, less with activation_aware. "
-        "Opens with transformers and paretune.",
+        "Holds the covariances of all targeted maps at once while it works. Opens with transformers and paretune.",
     )
 
     keep: float = knob(0.5, "the rank is such that this share of a map's parameters stays, where neither rank nor energy says it", low=0.0, high=1.0)
