@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 
+import tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paretune import registry
 from paretune.roles import Method
-import tiny
 
 
 def variants(name: str) -> list[Method]:

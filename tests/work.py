@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import steps
+import tiny
 import torch
 from torch import nn
 from transformers import ViTImageProcessor
 
-import steps
-import tiny
 from paretune import phases, processors, surgery, training
+from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.methods.readouts.choices import Choices
 from paretune.roles import Adapter, Examples, Method, Trail
-from paretune.errors import Incompatible
 from paretune.tasks import Rows, Task
 from paretune.tasks.kinds.classification import Classification
 from paretune.tasks.kinds.generation import Generation

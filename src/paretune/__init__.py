@@ -17,7 +17,7 @@ _HOME = {
     **dict.fromkeys(("task", "Task"), "tasks"),
     **dict.fromkeys(("targets",), "anatomy"),
     **dict.fromkeys(("switch", "rows", "remove", "merge", "unmerge", "thaw", "count"), "surgery"),
-    **dict.fromkeys(("add_class",), "readouts"),
+    **dict.fromkeys(("add_class",), "readouts.heads"),
     **dict.fromkeys(("vote",), "methods.adapters.prompt"),
     **dict.fromkeys(("Run",), "store"),
     **dict.fromkeys(("Front",), "pareto.front"),

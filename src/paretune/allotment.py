@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from paretune import backbones, batches, phases, probe, store, surgery, training
+from paretune import batches, phases, probe, store, surgery, training
 from paretune.errors import BudgetError
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.options import Options

@@ -23,8 +23,9 @@ SENTENCE = "paretune (import paretune before opening this folder)"
 
 def record(model: Any) -> dict[str, Any] | None:
     """What must be rebuilt before the weights of this model can be loaded; None for a plain model."""
-    from paretune import sharing, surgery
+    from paretune import surgery
     from paretune.seams import Selected
+    from paretune.weights import sharing
 
     patches, selected = [], []
     for path, _, seam in surgery.seams_of(model):
@@ -69,7 +70,7 @@ def _long(rows: Any) -> tuple[int, ...] | None:
 
 def refresh(model: Any) -> None:
     """Brings the config up to date with what is on the model, so that `save_pretrained` is always right."""
-    from paretune import sharing
+    from paretune.weights import sharing
 
     config = getattr(model, "config", None)
     if config is None:
@@ -89,12 +90,13 @@ def rebuild(model: Any, wanted: dict[str, Any]) -> None:
     """Gives a plain model the patches and packed modules that the record names; their values are loaded later."""
     import torch
 
-    from paretune import seams, sharing, surgery, weights
+    from paretune import seams, surgery
     from paretune.anatomy import Site
     from paretune.recipe import parse
+    from paretune.weights import maps, sharing
 
     for item in wanted.get("resized", ()):
-        weights.resize(model.get_submodule(item["path"]), item["sizes"])
+        maps.resize(model.get_submodule(item["path"]), item["sizes"])
     for item in wanted["packed"]:
         method = _method(item["method"])
         surgery.replace(model, item["path"], method.empty(model.get_submodule(item["path"])))
@@ -155,7 +157,8 @@ def _register(module: ModuleType) -> None:
             rebuild(model, self.quantization_config.to_dict())
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            from paretune import sharing, surgery
+            from paretune import surgery
+            from paretune.weights import sharing
 
             for module in [m for m in model.modules() if hasattr(m, "loaded")]:
                 module.loaded()  # such as sparse weights, which become dense

@@ -24,10 +24,11 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from paretune import backbones, packed, seams, store, surgery, tasks, training
+from paretune import backbones, seams, store, surgery, tasks, training
 from paretune.errors import Incompatible, StoreError, one_of
-from paretune.packed import PackedLinear
 from paretune.tasks import Task
+from paretune.weights import packed
+from paretune.weights.packed import PackedLinear
 
 GRAPH = "model.onnx"
 NEEDED = ("onnx", "onnxscript", "onnxruntime")

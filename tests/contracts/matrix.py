@@ -10,16 +10,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import steps  # noqa: E402
+import tiny  # noqa: E402
 import torch  # noqa: E402
+import work  # noqa: E402
 from torch import nn  # noqa: E402
 
 from paretune import registry, surgery  # noqa: E402
 from paretune.errors import Incompatible  # noqa: E402
 from paretune.phases import shrink  # noqa: E402
 from paretune.roles import Adapter  # noqa: E402
-import steps  # noqa: E402
-import tiny  # noqa: E402
-import work  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "matrix.md"
 HEAD = """# What composes with what

@@ -6,8 +6,11 @@ import copy
 import itertools
 
 import pytest
+import steps
+import tiny
 import torch
 import transformers
+import work
 from torch.nn import functional as F
 
 import paretune  # noqa: F401 - lets transformers open our folders
@@ -15,9 +18,6 @@ from paretune import anatomy, registry, surgery
 from paretune.errors import Incompatible
 from paretune.roles import Adapter
 from paretune.seams import Selected
-import steps
-import tiny
-import work
 
 METHODS = [method for name in registry.names("adapter") for method in steps.variants(name)]
 PLAIN = [work.decided(method, "bert") for method in METHODS if not method.knobs()]  # each with its defaults

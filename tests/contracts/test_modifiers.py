@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 import pytest
-import torch
-
 import steps
+import torch
 import work
+
 from paretune import registry, surgery
 from paretune.methods.adapters.lora import LoRA
 

@@ -6,17 +6,17 @@ import copy
 import dataclasses
 
 import pytest
-import torch
-
-import paretune
 import steps
 import tiny
+import torch
 import work
+
+import paretune
 from paretune import anatomy, flow, inference, phases, processors, registry, runs, seams, surgery, training
 from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.readouts.choices import Choices
-from paretune.readouts import ClassVectors
+from paretune.readouts.heads import ClassVectors
 from paretune.recipe import parse
 from paretune.roles import Readout
 from paretune.seams import CHILD

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
 import steps
+import torch
 import work
+
 from paretune import surgery, training
 from paretune.errors import Diverged, StoreError
 from paretune.methods.adapters.full import Full

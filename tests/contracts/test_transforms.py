@@ -6,16 +6,16 @@ import copy
 import json
 
 import pytest
-import torch
-
-import paretune  # noqa: F401 - lets transformers open our folders
 import steps
 import tiny
+import torch
 import work
+
+import paretune  # noqa: F401 - lets transformers open our folders
 from paretune import anatomy, inference, phases, processors, registry, store, surgery
 from paretune.errors import Incompatible
-from paretune.packed import Packed, Packing, unpack
 from paretune.roles import Trail, Transform
+from paretune.weights.packed import Packed, Packing, unpack
 
 CASES = [(registry.get(name)(), family) for name in registry.names("transform") for family in tiny.FAMILIES]
 LOSSY = 0.25  # the largest share of the logits' norm that a changed number format may cost two layers of width 16

@@ -13,15 +13,15 @@ import threading
 from pathlib import Path
 
 import pytest
+import steps
+import tiny
 import torch
 import transformers
+import work
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-import steps
-import tiny
-import work
 from paretune import surgery
 from paretune.methods.adapters.adapter import Adapter
 from paretune.methods.adapters.compacter import Compacter

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import tiny
 from paretune import backbones, exports, flow, inference, options, peft_format, runs, store, tasks
 from paretune.errors import Incompatible, StoreError
 

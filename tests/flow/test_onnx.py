@@ -10,9 +10,9 @@ import numpy
 import onnx
 import onnxruntime
 import pytest
+import tiny
 import torch
 
-import tiny
 from paretune import exports, flow, inference, onnx_files, options, runs, store, tasks
 from paretune.errors import Incompatible, StoreError
 

@@ -6,9 +6,9 @@ import csv
 import shutil
 
 import pytest
-
 import steps
 import tiny
+
 from paretune import flow, inference, options, phases, runs, tasks, teachers
 from paretune.errors import BackboneError, Incompatible
 from paretune.recipe import parse

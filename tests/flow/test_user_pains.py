@@ -14,14 +14,14 @@ import weakref
 from pathlib import Path
 
 import pytest
+import steps
+import tiny
 import torch
 import transformers
+import work
 from safetensors.torch import load_file, save_file
 
 import paretune as pt
-import steps
-import tiny
-import work
 from paretune import arithmetic, backbones, flow, inference, peft_format, phases, recipe, registry, surgery, training
 from paretune.errors import BackboneError, Incompatible, StoreError, TargetError
 from paretune.methods.adapters.full import Full

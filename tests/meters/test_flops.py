@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import tiny
 from paretune.meters import flops
 
 BATCH, LENGTH, WIDTH, WIDE = 4, 128, 256, 1024

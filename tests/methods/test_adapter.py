@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import steps
 import torch
 import transformers
 from torch.nn import functional as F
 
 import paretune  # noqa: F401 - lets transformers open our folders
-import steps
 from paretune import anatomy, surgery
 from paretune.methods.adapters.adapter import Adapter
 from paretune.methods.transforms.keep_layers import KeepLayers

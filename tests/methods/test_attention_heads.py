@@ -3,18 +3,18 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
-
 import steps
 import tiny
+import torch
 import work
+from test_ffn import importance_by_differences
+
 from paretune import anatomy, inference, phases, processors, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.prefix import Prefix
 from paretune.methods.transforms.attention_heads import AttentionHeads
 from paretune.recipe import parse
 from paretune.roles import Examples
-from test_ffn import importance_by_differences
 
 FAMILIES = ("bert", "roberta", "electra", "gpt2", "llama", "mistral", "qwen3", "gemma2", "t5", "bart", "opt", "vit", "deit", "distilbert")
 SAID = ("llama", "mistral", "qwen3", "gemma2", "t5", "vit", "deit")  # whose configs name the size of a head

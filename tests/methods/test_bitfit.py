@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-
 import steps
+
 from paretune import surgery
 from paretune.errors import Incompatible, TargetError
 from paretune.methods.adapters.bitfit import BitFit

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import numpy
 import pytest
+import tiny
 import torch
 import transformers
 from transformers import AutoModelForSequenceClassification
 
 import paretune  # noqa: F401
-import tiny
 from paretune import surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA

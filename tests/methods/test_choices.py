@@ -3,15 +3,16 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import tiny
 import torch
+import work
 
 import paretune
-import tiny
-import work
-from paretune import backbones, phases, processors, ranking, seams, surgery, training
+from paretune import backbones, phases, processors, seams, surgery, training
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.readouts.choices import Choices
+from paretune.readouts import ranking
 from paretune.tasks import Rows
 from paretune.tasks.kinds.choice import Choice
 from paretune.tasks.kinds.classification import Classification

@@ -3,11 +3,11 @@ from __future__ import annotations
 import copy
 
 import pytest
+import steps
 import torch
 import transformers
 from torch.nn import functional as F
 
-import steps
 from paretune import anatomy, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.compacter import Compacter

@@ -3,15 +3,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import steps
+import tiny
 import torch
 import transformers
+import work
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import paretune  # noqa: F401 - lets transformers open our folders
-import steps
-import tiny
-import work
 from paretune import surgery
 from paretune.methods.adapters import diff_pruning
 from paretune.methods.adapters.diff_pruning import DiffPruning

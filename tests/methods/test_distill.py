@@ -7,12 +7,12 @@ import dataclasses
 
 import numpy
 import pytest
-import torch
-from torch.nn import functional as F
-
 import steps
 import tiny
+import torch
 import work
+from torch.nn import functional as F
+
 from paretune import phases, surgery, teachers, training
 from paretune.errors import Incompatible, RecipeError, StoreError
 from paretune.methods.adapters.full import Full

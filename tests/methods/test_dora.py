@@ -3,9 +3,9 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import steps
 import torch
 
-import steps
 from paretune import surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.dora import DoRA

@@ -4,13 +4,13 @@ import copy
 import json
 
 import pytest
+import steps
+import tiny
 import torch
+import work
 from torch.nn import functional as F
 
 import paretune  # noqa: F401
-import steps
-import tiny
-import work
 from paretune import anatomy, inference, phases, processors, surgery, training
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.lora import LoRA

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from paretune.methods.transforms.fp8 import FORMATS, FP8
-from paretune.numerics import absmax, scaled
+from paretune.weights.numerics import absmax, scaled
 
 LARGEST = {"e4m3": 448, "e5m2": 57344}
 MANTISSA = {"e4m3": 3, "e5m2": 2}

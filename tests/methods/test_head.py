@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
-
 import steps
 import tiny
+import torch
+
 from paretune import surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.head import Head

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import steps
 import torch
 from torch.nn import functional as F
 
-import steps
 from paretune import surgery
 from paretune.methods.adapters.ia3 import IA3, InputScale, OutputScale
 

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 import pytest
+import steps
 import torch
+import work
+from test_prototypes import logits, pooled
 from torch.nn import functional as F
 
 import paretune
-import steps
-import work
 from paretune import phases, surgery, training
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.head import Head
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.readouts.imprint import Imprint
-from test_prototypes import logits, pooled
 
 
 def fitted(**knobs):

@@ -3,14 +3,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
-
 import tiny
+import torch
 import work
+from test_choices import scores
+
 from paretune import inference, phases, processors, seams, surgery, training
 from paretune.errors import Incompatible
 from paretune.methods.readouts.in_context import CONTENT_FREE, InContext
-from test_choices import scores
 
 TEXT = "{text}\n{label}"  # short, as the tiny models read 64 tokens
 

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import tiny
 from paretune import phases
 from paretune.methods.transforms.int4 import Int4
-from paretune.packed import PackedEmbedding
+from paretune.weights.packed import PackedEmbedding
 
 
 def made(linear, **knobs):

@@ -8,22 +8,23 @@ import sys
 
 import numpy
 import pytest
+import tiny
 import torch
 import transformers
+import work
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import paretune  # noqa: F401
-import tiny
-import work
-from paretune import phases, ranges, surgery
+from paretune import phases, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.transforms import int8
 from paretune.methods.transforms.int8 import Int8
-from paretune.numerics import absmax
-from paretune.packed import PackedEmbedding, PackedLinear
 from paretune.recipe import parse
+from paretune.weights import ranges
+from paretune.weights.numerics import absmax
+from paretune.weights.packed import PackedEmbedding, PackedLinear
 
 
 def packed(linear):

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import tiny
 from paretune import phases
 from paretune.errors import Incompatible
 from paretune.methods.transforms.int8_weights import Int8Weights
-from paretune.packed import PackedEmbedding, PackedLinear
 from paretune.recipe import parse
+from paretune.weights.packed import PackedEmbedding, PackedLinear
 
 
 def made(linear, **knobs):

@@ -3,13 +3,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import steps
 import torch
 import transformers
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import paretune  # noqa: F401 - lets transformers open our folders
-import steps
 from paretune import surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.intrinsic_dimension import Dense, Fastfood, IntrinsicDimension, hadamard

@@ -5,12 +5,12 @@ import os
 import re
 
 import pytest
+import tiny
 import torch
 import transformers
 from transformers import AutoModelForSequenceClassification
 
 import paretune  # noqa: F401
-import tiny
 from paretune import surgery
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.lora import LoRA

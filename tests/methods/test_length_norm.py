@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from paretune.methods.modifiers.length_norm import _Ranking
-from paretune.ranking import Scores
+from paretune.readouts.ranking import Scores
 
 
 def test_it_is_the_cross_entropy_of_mean_log_probabilities():

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import work
 from torch import nn
 
-import work
 from paretune import phases
 from paretune.meters import flops
 from paretune.methods.transforms.llm_int8 import LLMInt8
-from paretune.packed import PackedLinear
+from paretune.weights.packed import PackedLinear
 
 
 def made(linear, **knobs):

@@ -3,10 +3,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import steps
 import torch
 from torch.nn import functional as F
 
-import steps
 from paretune import surgery
 from paretune.errors import TargetError
 from paretune.methods.adapters.lora import LoRA

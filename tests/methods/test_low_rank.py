@@ -3,19 +3,20 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
-from torch import nn
-
 import steps
 import tiny
+import torch
 import work
-from paretune import anatomy, calibration, inference, phases, processors, surgery, training
+from torch import nn
+
+from paretune import anatomy, inference, phases, processors, surgery, training
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.dora import DoRA
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.transforms.low_rank import LowRank, Thin, factors
 from paretune.recipe import parse
 from paretune.roles import Examples
+from paretune.weights import calibration
 
 
 def product(pair):

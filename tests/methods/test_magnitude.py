@@ -3,19 +3,19 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
-from torch import nn
-
 import steps
 import tiny
+import torch
 import work
+from torch import nn
+
 from paretune import anatomy, inference, phases, store, surgery
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.transforms.magnitude import Magnitude
 from paretune.recipe import parse
-from paretune.sparsity import SparseLinear
+from paretune.weights.sparsity import SparseLinear
 
 
 def matrices(model):

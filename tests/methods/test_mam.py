@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import steps
+import tiny
 import torch
 import transformers
 from torch.nn import functional as F
 
-import steps
-import tiny
 from paretune import surgery
 from paretune.methods.adapters.adapter import Adapter, Bottleneck
 from paretune.methods.adapters.lora import Gated, LoRA

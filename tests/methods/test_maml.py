@@ -4,11 +4,11 @@ import dataclasses
 import types
 
 import pytest
+import steps
 import torch
+import work
 from torch.nn import functional as F
 
-import steps
-import work
 from paretune import episodes, surgery, training
 from paretune.errors import RecipeError
 from paretune.methods.adapters.full import Full

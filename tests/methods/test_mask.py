@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import numpy
 import pytest
+import steps
+import tiny
 import torch
+import work
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import paretune  # noqa: F401 - lets transformers open our folders
-import steps
-import tiny
-import work
 from paretune import surgery
 from paretune.errors import RecipeError
 from paretune.methods.adapters.mask import Mask, pack, unpack

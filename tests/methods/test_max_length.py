@@ -3,12 +3,12 @@ from __future__ import annotations
 import os
 
 import pytest
+import tiny
 import torch
 import transformers
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
 import paretune  # noqa: F401
-import tiny
 from paretune import anatomy, processors
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.transforms.max_length import MaxLength

@@ -3,11 +3,11 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForSequenceClassification
 
 import paretune  # noqa: F401
-import tiny
 from paretune import surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.bitfit import BitFit

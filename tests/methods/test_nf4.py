@@ -3,22 +3,23 @@ from __future__ import annotations
 import copy
 
 import pytest
+import steps
+import tiny
 import torch
+import work
 from torch import nn
 from torch.nn import functional as F
 
 import paretune  # noqa: F401 - lets transformers open our folders
-import steps
-import tiny
-import work
-from paretune import inference, packed, peft_format, phases, surgery
+from paretune import inference, peft_format, phases, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.transforms.merge import Merge
 from paretune.methods.transforms.nf4 import NF4
-from paretune.numerics import normal_float
-from paretune.packed import PackedLinear
 from paretune.recipe import parse
+from paretune.weights import packed
+from paretune.weights.numerics import normal_float
+from paretune.weights.packed import PackedLinear
 
 
 def made(linear, **knobs):

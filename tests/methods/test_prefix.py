@@ -8,13 +8,13 @@ from __future__ import annotations
 import warnings
 
 import pytest
-import torch
-import transformers
-
-import paretune  # noqa: F401 - lets transformers open our folders
 import steps
 import tiny
+import torch
+import transformers
 import work
+
+import paretune  # noqa: F401 - lets transformers open our folders
 from paretune import anatomy, processors, surgery
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.prefix import KeysAndValues, Prefix

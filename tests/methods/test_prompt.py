@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import steps
+import tiny
 import torch
+import work
 from torch.nn import functional as F
 
 import paretune as pt
-import steps
-import tiny
-import work
 from paretune import surgery, training
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.prompt import Prompt

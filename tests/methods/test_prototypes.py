@@ -3,16 +3,17 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
-
-import paretune
 import steps
 import tiny
+import torch
 import work
-from paretune import phases, readouts, seams, surgery, training
+
+import paretune
+from paretune import phases, seams, surgery, training
 from paretune.errors import DataError, Incompatible
 from paretune.methods.adapters.head import Head
 from paretune.methods.readouts.prototypes import Prototypes
+from paretune.readouts import heads
 from paretune.tasks import Rows
 from paretune.tasks.kinds.regression import Regression
 
@@ -76,7 +77,7 @@ def test_zero_shot_from_names_and_descriptions():
 def test_an_added_class_leaves_the_others_alone(family, tmp_path):
     model, task = fitted(family)
     before = logits(model, task, task.test)
-    texts, path = [row["text"] for row in task.train[:3]], readouts.last_map(model)
+    texts, path = [row["text"] for row in task.train[:3]], heads.last_map(model)
     vectors = model.get_submodule(path).weight.detach().clone()
     with seams.bypassed(model, path):
         c, x = logits(model, task, task.train[:3]).mean(0), logits(model, task, task.test)

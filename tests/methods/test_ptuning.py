@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import steps
+import tiny
 import torch
 from torch.nn import functional as F
 
-import steps
-import tiny
 from paretune import surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.prompt import Prompt

@@ -3,10 +3,10 @@ from __future__ import annotations
 import types
 
 import pytest
-import torch
-
 import steps
+import torch
 import work
+
 from paretune import episodes, surgery, training
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.modifiers.reptile import Reptile

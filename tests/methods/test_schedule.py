@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import steps
 import torch
+import work
 from transformers import BertConfig
 
-import steps
-import work
 from paretune import phases, surgery
 from paretune.methods.adapters.bitfit import BitFit
 from paretune.methods.adapters.full import Full

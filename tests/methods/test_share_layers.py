@@ -3,11 +3,12 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
-
 import steps
 import tiny
+import torch
 import work
+from test_keep_layers import COUNT
+
 from paretune import anatomy, inference, phases, surgery, training
 from paretune.errors import Incompatible
 from paretune.methods.adapters.full import Full
@@ -15,7 +16,6 @@ from paretune.methods.adapters.lora import LoRA
 from paretune.methods.transforms.keep_layers import KeepLayers
 from paretune.methods.transforms.share_layers import ShareLayers
 from paretune.recipe import parse
-from test_keep_layers import COUNT
 
 
 def deep(family, layers=4):

@@ -3,12 +3,12 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
-from torch.nn import functional as F
-
 import steps
 import tiny
+import torch
 import work
+from torch.nn import functional as F
+
 from paretune import anatomy, flow, phases, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.full import Full

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-
 import steps
+
 from paretune import surgery
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.top_layers import TopLayers

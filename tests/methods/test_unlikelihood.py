@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import work
+from test_choices import WORDS, by_hand, fitted
 
 import paretune
-import work
 from paretune import flow, phases, processors, runs, surgery, training
 from paretune.errors import Incompatible
 from paretune.methods.adapters.ia3 import IA3
@@ -15,7 +16,6 @@ from paretune.methods.modifiers.unlikelihood import Unlikelihood
 from paretune.methods.readouts.choices import Choices
 from paretune.recipe import parse
 from paretune.registry import line_of
-from test_choices import WORDS, by_hand, fitted
 
 
 def losses(family, *modifiers):
@@ -72,7 +72,7 @@ def test_the_gradients_add_up():
 def test_the_gradient_of_a_wrong_token_is_its_odds():
     """∂(−log(1 − p)) / ∂ log p = p / (1 − p), and nothing for tokens of the right answer or behind an end."""
     from paretune.methods.modifiers.unlikelihood import _Unlikely
-    from paretune.ranking import Scores
+    from paretune.readouts.ranking import Scores
 
     log_p = torch.tensor([[[-0.5, -1.0], [-0.2, 0.0], [-3.0, -0.1]]], requires_grad=True)
     scores = Scores(log_probs=log_p, lengths=torch.tensor([[2, 1, 2]]))
@@ -86,7 +86,7 @@ def test_the_gradient_of_a_wrong_token_is_its_odds():
 
 def test_a_certain_wrong_token_gives_a_finite_loss():
     from paretune.methods.modifiers.unlikelihood import _Unlikely
-    from paretune.ranking import Scores
+    from paretune.readouts.ranking import Scores
 
     scores = Scores(log_probs=torch.zeros(1, 2, 1), lengths=torch.ones(1, 2))
     assert _Unlikely(1.0).loss(None, {"labels": torch.tensor([0])}, outputs=scores, loss=torch.zeros(())).isfinite()

@@ -6,13 +6,13 @@ import random
 import types
 
 import pytest
+import tiny
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import paretune  # noqa: F401
-import tiny
 from paretune import processors as spine
 from paretune.errors import Incompatible
 from paretune.methods.transforms.vocabulary import Vocabulary, changed_share, trim

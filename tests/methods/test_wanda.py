@@ -3,15 +3,16 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
-
 import steps
+import torch
 import work
-from paretune import anatomy, calibration, phases
+
+from paretune import anatomy, phases
 from paretune.errors import Incompatible
 from paretune.methods.transforms.wanda import Wanda
 from paretune.recipe import parse
 from paretune.roles import Examples
+from paretune.weights import calibration
 
 
 def oracle(weight, x, *, sparsity):

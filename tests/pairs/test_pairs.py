@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
-
 import steps
 import tiny
+import torch
 import work
+
 from paretune import inference, phases, registry, surgery, training
 from paretune.errors import Incompatible
 from paretune.recipe import Recipe, is_training, parse

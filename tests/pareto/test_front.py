@@ -10,8 +10,8 @@ import pytest
 from pareto.synthetic import BUSY_W, EXAMPLES, IDLE_W, RECIPES, record, records
 
 from paretune.errors import BudgetError, DataError, StoreError
-from paretune.pareto.front import Front
 from paretune.pareto import ledger
+from paretune.pareto.front import Front
 from paretune.store import Run
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
 import tiny
 import work
+
 from paretune import runs
 from paretune.errors import Incompatible
 from paretune.options import Options, Training

@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import steps
+import tiny
 import torch
 import transformers
 
-import steps
-import tiny
 from paretune import surgery
 from paretune.methods.adapters.adapter import Adapter
 from paretune.methods.adapters.bitfit import BitFit

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import tiny
 from paretune import hub, peft_format, surgery
 from paretune.errors import Incompatible, StoreError
 from paretune.recipe import parse

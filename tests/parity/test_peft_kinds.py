@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import steps
+import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_peft_files import TOLERANCE, adapted, answer, backbone, opened_by_peft, published
 from torch import nn
 
 import paretune as pt
-import steps
-import tiny
 from paretune import anatomy, peft_format, registry, surgery
 from paretune.errors import Incompatible, StoreError
 from paretune.methods.adapters.bitfit import BitFit
 from paretune.methods.adapters.lora import LoRA
-from test_peft_files import TOLERANCE, adapted, answer, backbone, opened_by_peft, published
 
 peft = pytest.importorskip("peft")
 pytestmark = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
-import tiny
 from paretune import surgery
 from paretune.methods.adapters.prompt import Prompt
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
-import tiny
-from paretune import bitsandbytes_format
 from paretune.errors import Incompatible
 from paretune.methods.transforms.llm_int8 import LLMInt8
 from paretune.methods.transforms.nf4 import NF4
-from paretune.numerics import absmax, dynamic_float, normal_float, zero_point
-from paretune.packed import PackedLinear
+from paretune.weights import bitsandbytes_format
+from paretune.weights.numerics import absmax, dynamic_float, normal_float, zero_point
+from paretune.weights.packed import PackedLinear
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import steps
 import torch
 
 import paretune as pt
-import steps
 from paretune import anatomy, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.ia3 import IA3

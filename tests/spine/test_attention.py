@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
+import steps
+import tiny
 import torch
 from torch import nn
 
-import steps
-import tiny
 from paretune import anatomy, attention, surgery
 from paretune.attention import Call
 from paretune.errors import Incompatible, TargetError

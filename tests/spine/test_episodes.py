@@ -5,12 +5,12 @@ import dataclasses
 import types
 
 import pytest
-import torch
-from torch.nn import functional as F
-
 import steps
 import tiny
+import torch
 import work
+from torch.nn import functional as F
+
 from paretune import episodes, surgery, training
 from paretune.errors import Incompatible
 from paretune.methods.adapters.full import Full

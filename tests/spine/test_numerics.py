@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from paretune import numerics
-from paretune.numerics import absmax, blockwise, grouped, levels_of_nibbles, nearest, nibbles, scaled, ungrouped, zero_point
+from paretune.weights import numerics
+from paretune.weights.numerics import absmax, blockwise, grouped, levels_of_nibbles, nearest, nibbles, scaled, ungrouped, zero_point
 
 BITS = (2, 3, 4, 8)
 

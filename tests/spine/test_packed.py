@@ -6,17 +6,18 @@ import copy
 import pickle
 
 import pytest
-import torch
-from torch import nn
-
 import steps
 import tiny
+import torch
 import work
-from paretune import anatomy, packed, phases, registry, surgery
+from torch import nn
+
+from paretune import anatomy, phases, registry, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA
-from paretune.packed import Packed, PackedEmbedding, PackedLinear, Packing
 from paretune.recipe import parse
+from paretune.weights import packed
+from paretune.weights.packed import Packed, PackedEmbedding, PackedLinear, Packing
 
 FORMATS = [cls() for name in registry.names("transform") if issubclass(cls := registry.get(name), Packing)]
 every_format = pytest.mark.parametrize("method", FORMATS, ids=str)

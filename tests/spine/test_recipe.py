@@ -20,8 +20,8 @@ from paretune.methods.modifiers.schedule import Schedule
 from paretune.methods.transforms.int8 import Int8
 from paretune.methods.transforms.merge import Merge
 from paretune.recipe import Recipe, as_recipe, is_training, parse
-from paretune.roles import After, Modifier, Readout
 from paretune.roles import Adapter as AdapterRole
+from paretune.roles import After, Modifier, Readout
 
 METHODS = [n for n in registry.names() if not registry.is_recipe(n)]
 

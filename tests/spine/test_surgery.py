@@ -10,12 +10,12 @@ import subprocess
 import sys
 
 import pytest
+import steps
+import tiny
 import torch
 from torch import nn
 
 import paretune  # noqa: F401 - lets transformers open our folders
-import steps
-import tiny
 from paretune import anatomy, hub, probe, roles, seams, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.adapter import Adapter

@@ -11,8 +11,8 @@ from paretune.anatomy.calls import attention_function, calls_attention, register
 from paretune.anatomy.families import Block, Family, Part, Positions, Stack, grouped, per_head, register, share
 from paretune.anatomy.parts import Embeddings, all_norms, bias_names, embeddings, head, is_text_encoder, position_modules, positions
 from paretune.anatomy.sites import FFN, GROUPS, Site, Target, norms, resolve, targets
-from paretune.anatomy.widths import Attention, FeedForward, attentions, feed_forwards, head_attributes, say_heads, set_field
 from paretune.anatomy.structure import LayerList, LayerRef, family, is_linear, is_transposed, layer_lists, layers, weight
+from paretune.anatomy.widths import Attention, FeedForward, attentions, feed_forwards, head_attributes, say_heads, set_field
 
 __all__ = [
     "FFN", "GROUPS", "Attention", "Block", "Embeddings", "Family", "FeedForward", "LayerList", "LayerRef", "Part", "Positions", "Site", "Stack",

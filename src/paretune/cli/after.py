@@ -22,7 +22,6 @@ from paretune.options import Compute, Metering, Options
 
 if TYPE_CHECKING:
     from paretune.store import Run
-    from paretune.tasks import Task
 
 
 @verb("paretune measure out/runs/0123456789abcdef --log meter.csv --markers --protocol full")

@@ -15,8 +15,8 @@ from paretune.meters.battery import Battery, charge
 from paretune.meters.cost import Cost
 from paretune.meters.reading import Reading, missing
 from paretune.pareto import budgets, dominance, intervals, points, records
-from paretune.pareto.budgets import Budget
 from paretune.pareto import ledger as ledgers
+from paretune.pareto.budgets import Budget
 from paretune.pareto.ledger import Ledger
 from paretune.pareto.points import Point
 from paretune.pareto.records import Record

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from paretune import ranking
 from paretune.card import Card, knob
+from paretune.readouts import ranking
 from paretune.roles import Modifier
 from paretune.training import Events, Loop
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paretune import ranking
 from paretune.card import Card, knob
+from paretune.readouts import ranking
 from paretune.roles import Modifier
 from paretune.training import Events, Loop
 

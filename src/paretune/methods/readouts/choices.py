@@ -13,8 +13,8 @@ import dataclasses
 from torch import Tensor
 
 from paretune.card import Card, knob
+from paretune.readouts.speaking import Speaking
 from paretune.seams import Patch
-from paretune.speaking import Speaking
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from paretune.anatomy import Site
 from paretune.card import Card, knob
-from paretune.readouts import ClassVectors, last_map
+from paretune.readouts.heads import ClassVectors, last_map
 from paretune.seams import Patch
 
 

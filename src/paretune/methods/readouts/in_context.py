@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from paretune import training
 from paretune.card import Card, knob
 from paretune.errors import Incompatible
+from paretune.readouts.speaking import Speaking
 from paretune.roles import Examples
 from paretune.seams import Patch
-from paretune.speaking import Speaking
 from paretune.tasks import Task
 
 CONTENT_FREE = ("N/A", "[MASK]", "")

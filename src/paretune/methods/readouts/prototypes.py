@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from paretune.card import Card, knob
 from paretune.errors import Incompatible
-from paretune.readouts import ClassVectors, embed
+from paretune.readouts.heads import ClassVectors, embed
 from paretune.roles import Examples
 
 

@@ -17,9 +17,9 @@ from paretune import anatomy, hub, seams, surgery
 from paretune.anatomy import Attention, Site
 from paretune.card import Card, knob
 from paretune.errors import Incompatible
-from paretune.narrowing import Narrowing, highest, rows_of
 from paretune.roles import Examples
-from paretune.weights import cut_and_mark, mark, require_bare, rewritable
+from paretune.weights.maps import cut_and_mark, mark, require_bare, rewritable
+from paretune.weights.narrowing import Narrowing, highest, rows_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -16,9 +16,9 @@ from torch import nn
 
 from paretune import anatomy, hub, surgery
 from paretune.card import Card, knob
-from paretune.narrowing import Narrowing, highest, rows_of
 from paretune.roles import Examples
-from paretune.weights import cut, require_bare, rewritable
+from paretune.weights.maps import cut, require_bare, rewritable
+from paretune.weights.narrowing import Narrowing, highest, rows_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from paretune.card import Card, knob
-from paretune.numerics import TINY
-from paretune.packed import Packing
+from paretune.weights.numerics import TINY
+from paretune.weights.packed import Packing
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from paretune.card import Card, knob
-from paretune.numerics import absmax, grouped, levels_of_nibbles, nibbles, scaled, ungrouped, zero_point
-from paretune.packed import PackedLinear, Packing
+from paretune.weights.numerics import absmax, grouped, levels_of_nibbles, nibbles, scaled, ungrouped, zero_point
+from paretune.weights.packed import PackedLinear, Packing
 
 LEVELS = torch.arange(16) - 8  # what a half byte stands for
 

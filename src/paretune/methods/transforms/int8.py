@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paretune import ranges
-from paretune.calibration import unpadded
 from paretune.card import Card, knob
 from paretune.errors import Incompatible
-from paretune.numerics import TINY, absmax, scaled
-from paretune.packed import Packed, PackedLinear, Packing
 from paretune.roles import Examples
+from paretune.weights import ranges
+from paretune.weights.calibration import unpadded
+from paretune.weights.numerics import TINY, absmax, scaled
+from paretune.weights.packed import Packed, PackedLinear, Packing
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from paretune.card import Card, knob
-from paretune.numerics import absmax, grouped, scaled, ungrouped
-from paretune.packed import PackedLinear, Packing
+from paretune.weights.numerics import absmax, grouped, scaled, ungrouped
+from paretune.weights.packed import PackedLinear, Packing
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

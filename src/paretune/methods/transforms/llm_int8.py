@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paretune.calibration import unpadded
 from paretune.card import Card, knob
-from paretune.numerics import absmax, scaled
-from paretune.packed import PackedLinear, Packing
-from paretune.ranges import watch
 from paretune.roles import Examples
+from paretune.weights.calibration import unpadded
+from paretune.weights.numerics import absmax, scaled
+from paretune.weights.packed import PackedLinear, Packing
+from paretune.weights.ranges import watch
 
 EXAMPLES = 32  # read for the facts
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paretune import anatomy, calibration, surgery
+from paretune import anatomy, surgery
 from paretune.card import Card, knob
 from paretune.errors import Incompatible, RecipeError
 from paretune.roles import Examples, Trail, Transform
-from paretune.weights import mark, require_floats, rewritable
+from paretune.weights import calibration
+from paretune.weights.maps import mark, require_floats, rewritable
 
 LEAST = 1e-6  # a direction in which the inputs have less than this share of their largest variance counts as having it
 

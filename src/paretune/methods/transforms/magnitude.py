@@ -17,8 +17,8 @@ from paretune import surgery
 from paretune.card import Card, knob
 from paretune.errors import RecipeError
 from paretune.roles import Examples
-from paretune.sparsity import Pruner, SparseLinear, keep_largest, part, require_pattern
-from paretune.weights import rewritable
+from paretune.weights.maps import rewritable
+from paretune.weights.sparsity import Pruner, SparseLinear, keep_largest, part, require_pattern
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -15,8 +15,8 @@ from paretune import folding
 from paretune.card import Card
 from paretune.errors import Incompatible
 from paretune.methods.transforms.cast import Cast
-from paretune.packed import unpack
 from paretune.roles import Examples, Trail, Transform
+from paretune.weights.packed import unpack
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

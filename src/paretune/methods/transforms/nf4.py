@@ -5,7 +5,7 @@
     y = x Ŵᵀ + b,  ŵ_i = a_b v_{c_i};   ∂L/∂x = ∂L/∂y Ŵ, and no gradient for the codes
 
 Dettmers et al. 2023, arXiv:2305.14314, equations 4 to 6. Codes, packing and constants are those of bitsandbytes;
-`paretune.bitsandbytes_format` reads and writes its files' tensors.
+`paretune.weights.bitsandbytes_format` reads and writes its files' tensors.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import dataclasses
 from torch import Tensor
 
 from paretune.card import Card, knob
-from paretune.numerics import blockwise, dynamic_float, grouped, levels_of_nibbles, nibbles, normal_float, ungrouped
-from paretune.packed import Packing
+from paretune.weights.numerics import blockwise, dynamic_float, grouped, levels_of_nibbles, nibbles, normal_float, ungrouped
+from paretune.weights.packed import Packing
 
 NESTED = 256  # constants with one second-level constant
 

@@ -18,8 +18,8 @@ from paretune.card import Card, knob
 from paretune.errors import Incompatible
 from paretune.roles import Examples, Trail, Transform
 from paretune.seams import CHILD
-from paretune.sharing import tie
-from paretune.weights import require_floats
+from paretune.weights.maps import require_floats
+from paretune.weights.sharing import tie
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

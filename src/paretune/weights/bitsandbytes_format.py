@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from paretune import hub, surgery
 from paretune.errors import Incompatible, one_of
 from paretune.methods.transforms.nf4 import NESTED, NF4
-from paretune.numerics import dynamic_float, normal_float
-from paretune.packed import PackedLinear
+from paretune.weights.numerics import dynamic_float, normal_float
+from paretune.weights.packed import PackedLinear
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paretune import anatomy, processors, readouts, training
+from paretune import anatomy, processors, training
 from paretune.anatomy import Site
 from paretune.errors import Incompatible, RecipeError
-from paretune.ranking import NONE, Ranked, padded_answers
+from paretune.readouts import heads
+from paretune.readouts.ranking import NONE, Ranked, padded_answers
 from paretune.roles import Examples, Readout
 from paretune.seams import Patch
 from paretune.tasks import Task
@@ -87,13 +88,13 @@ class Speaking(Readout):
             "before": _numbers(front), "after": _numbers(behind), "special": _numbers([*begin, *end]), "start": _numbers(start[:1]),
             "answers": padded_answers([answers])[0] if answers else torch.full((0, 0), NONE), "room": torch.tensor(room),
         }  # fmt: skip
-        readouts.install(model, self, sites=[Site(place="encoder-decoder" if written else "decoder", path="")])
+        heads.install(model, self, sites=[Site(place="encoder-decoder" if written else "decoder", path="")])
         self.ranked(model).hold({n: t.to(model.device) for n, t in tensors.items()})
         return shots
 
     def ranked(self, model: nn.Module) -> Patch:
         """The readout's patch around a model."""
-        return next(p for _, _, p in readouts.patches(model, "") if isinstance(p, Ranked))
+        return next(p for _, _, p in heads.patches(model, "") if isinstance(p, Ranked))
 
     def _halves(self, tokenizer: Any, text: str, *, written: bool) -> tuple[list[int], list[int]]:
         """The tokens in front of a row's own, and those between them and the answer."""

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paretune import calibration
 from paretune.errors import Incompatible, RecipeError
 from paretune.roles import Examples, Trail, Transform
-from paretune.weights import require_floats
+from paretune.weights import calibration
+from paretune.weights.maps import require_floats
 
 
 class Narrowing(Transform):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paretune.packed import PackedLinear
+from paretune.weights.packed import PackedLinear
 
 BINS = 2048
 CODES = 256

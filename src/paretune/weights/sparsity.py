@@ -18,7 +18,7 @@ from paretune.anatomy import Site
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.mask import pack, unpack
 from paretune.roles import Trail, Transform
-from paretune.weights import mark, require_floats
+from paretune.weights.maps import mark, require_floats
 
 PATTERNS = ("", "2:4", "4:8")  # n of m weights that follow each other stay
 

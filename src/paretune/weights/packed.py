@@ -25,8 +25,8 @@ from paretune import anatomy, surgery
 from paretune.errors import Incompatible
 from paretune.roles import Examples, Trail, Transform
 from paretune.seams import CHILD, base_of
-from paretune.sharing import require_own_layers
-from paretune.weights import require_floats
+from paretune.weights.maps import require_floats
+from paretune.weights.sharing import require_own_layers
 
 CHUNK = 2**22  # so many weights are dequantized at a time: 16 MB in fp32
 
