@@ -150,12 +150,12 @@ def _write(model: nn.Module, name: str, change: _Change) -> nn.Module:
     methods = []
     for site, (B, A) in change.factors.items():
         methods.append(LoRA(r=len(A), alpha=float(len(A)), targets=site.path))  # scale 1
-        patch = surgery.install(model, name, methods[-1], site)
+        patch = surgery.install(model, name, method=methods[-1], site=site)
         patch.get_parameter("A").copy_(A)
         patch.get_parameter("B").copy_(B)
     in_head = surgery.in_head(model)
     for key, inside in ((LoRA.spelling(), False), (surgery.HEAD, True)):
-        surgery.select(model, name, key, [n for n in change.differences if in_head(n) == inside])
+        surgery.select(model, name, key=key, parameters=[n for n in change.differences if in_head(n) == inside])
     surgery.state(model).adapters[name] = tuple(dict.fromkeys(methods))
     surgery.switch(model, name)
     for parameter, difference in change.differences.items():

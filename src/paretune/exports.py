@@ -62,7 +62,7 @@ def _write_onnx(run: store.Run, folder: Path, record: dict[str, Any]) -> dict[st
     """The graph, what reads text for it, and a record with which `predict` and `measure` take the folder; gives the record."""
     task = inference.tested(run)
     model = inference.open_model(run.model, task)
-    parity = onnx_files.write(model, task, folder, name=run.recipe)
+    parity = onnx_files.write(model, task, folder=folder, name=run.recipe)
     config = store.read_json(run.model / "config.json")
     store.write_json(folder / "config.json", {k: v for k, v in config.items() if k not in ("quantization_config", "attn_implementation")})
     processors.save(model, folder)

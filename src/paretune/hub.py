@@ -99,21 +99,21 @@ def rebuild(model: Any, wanted: dict[str, Any]) -> None:
         maps.resize(model.get_submodule(item["path"]), item["sizes"])
     for item in wanted["packed"]:
         method = _method(item["method"])
-        surgery.replace(model, item["path"], method.empty(model.get_submodule(item["path"])))
+        surgery.replace(model, item["path"], new=method.empty(model.get_submodule(item["path"])))
     here = surgery.state(model)
     for name, methods in wanted["adapters"].items():
         here.adapters[name] = tuple(m for text in methods for m in parse(text).phases[0])
         for method in here.adapters[name]:
             if method.role == "adapter":
-                surgery.share(model, name, method)
+                surgery.share(model, name, method=method)
     for item in wanted["patches"]:
         site = Site(**{**item["site"], "rows": _long(item["site"]["rows"])})
-        patch = surgery.install(model, item["adapter"], _method(item["method"]), site, key=item["key"])
+        patch = surgery.install(model, item["adapter"], method=_method(item["method"]), site=site, key=item["key"])
         if "settled" in item:
             patch.hold({n: torch.empty(shape, dtype=getattr(torch, dtype), device=model.device) for n, (dtype, shape) in item["settled"].items()})
     seams.sweep(model)
     for item in wanted["selected"]:
-        surgery.select(model, item["adapter"], item["key"], [f"{item['module']}.{n}".lstrip(".") for n in item["names"]])
+        surgery.select(model, item["adapter"], key=item["key"], parameters=[f"{item['module']}.{n}".lstrip(".") for n in item["names"]])
     for follower in wanted.get("shared", ()):
         sharing.sever(model.get_submodule(follower))
     for _, _, seam in surgery.seams_of(model):

@@ -62,7 +62,7 @@ class Parity:
             )
 
 
-def write(model: nn.Module, task: Task, folder: Path, *, name: str) -> Parity:
+def write(model: nn.Module, task: Task, *, folder: Path, name: str) -> Parity:
     """Writes `model.onnx` into a folder and compares it with the model on the task's test rows.
 
     Args:
@@ -81,7 +81,7 @@ def write(model: nn.Module, task: Task, folder: Path, *, name: str) -> Parity:
     answers = [training.read(model, task, rows=rows, answers=_logits), training.predict(model, task, rows=rows)]
     maps = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
     for path, module in maps.items():
-        surgery.replace(model, path, module.unpacked())
+        surgery.replace(model, path, new=module.unpacked())
     graph = folder / ("float.onnx" if form == "int8" else GRAPH)
     _trace(model.float(), task, graph, name=name)
     if form == "int8":

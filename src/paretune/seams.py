@@ -61,7 +61,7 @@ class Seam(nn.Module):
             if adapters is None or adapter in adapters:
                 yield from ((adapter, key, module) for key, module in group.named_children() if not isinstance(module, Patch))
 
-    def add(self, adapter: str, key: str, patch: nn.Module) -> None:
+    def add(self, adapter: str, key: str, *, patch: nn.Module) -> None:
         """Puts a patch (or what patches share) in; a second one of a method gets a number."""
         group = self._modules.get(adapter)
         if group is None:
@@ -77,7 +77,7 @@ class Seam(nn.Module):
     def _serving(self) -> tuple[str, ...]:
         return self.active if self.rows is None else tuple(dict.fromkeys(n for n in self.rows if n is not None))
 
-    def run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def run(self, forward: Callable[..., Any], args: tuple, *, kwargs: dict[str, Any]) -> Any:
         """The module's forward with its active patches around it."""
         names = self._serving()
         for adapter, key in self.captures:
@@ -218,7 +218,7 @@ class Adapted:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         seam: Seam = self._modules[CHILD]  # type: ignore[attr-defined]
-        return seam.run(super().forward, args, kwargs)  # type: ignore[misc]
+        return seam.run(super().forward, args, kwargs=kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: int) -> Any:  # the subclass has no importable name; copying and pickling rebuild it
         return _rebuild, (type(self).__bases__[-1],), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__

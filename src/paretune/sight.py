@@ -131,7 +131,7 @@ class _Onlooker(Patch):
 def _onlooker(module: nn.Module, seen: Sight) -> Iterator[None]:
     seam = seams.open_seam(module, working=True)
     before, seam.active = seam.active, (*seam.active, ONLOOKER)
-    seam.add(ONLOOKER, "eye", _Onlooker(seen))
+    seam.add(ONLOOKER, "eye", patch=_Onlooker(seen))
     try:
         yield
     finally:

@@ -46,11 +46,11 @@ def attach(model: nn.Module, methods: Sequence[Adapter], *, name: str = "default
     freeze(model)
     patches = []
     for method, sites, selected in plan:
-        share(model, name, method)
-        patches.append([install(model, name, method, site) for site in sites])
-        select(model, name, method.spelling(), selected)
+        share(model, name, method=method)
+        patches.append([install(model, name, method=method, site=site) for site in sites])
+        select(model, name, key=method.spelling(), parameters=selected)
     if head:
-        select(model, name, HEAD, head_parameters(model))
+        select(model, name, key=HEAD, parameters=head_parameters(model))
     here.adapters[name] = tuple(methods)
     _activate(model, (*here.active, name))
     for method, own in zip(methods, patches, strict=True):
@@ -75,23 +75,23 @@ def _check_name(name: str, here: State) -> None:
         raise Incompatible(f"adapter name {name!r}: a name is letters, digits and underscores, and none of torch's own, nor {seams.READOUT}")
 
 
-def share(model: nn.Module, name: str, method: Adapter) -> None:
+def share(model: nn.Module, name: str, *, method: Adapter) -> None:
     """Puts what the patches of a method share at the seam of the whole model, where no dropped layer takes it along."""
     module = None if seams.shared_by(model, name, method=method) else method.shared(model)
     if module is not None:
         module.method = method
         module.to(next(model.parameters()).device).train(model.training)
-        seams.open_seam(model, working=False).add(name, f"{method.spelling()}_shared", module)
+        seams.open_seam(model, working=False).add(name, f"{method.spelling()}_shared", patch=module)
 
 
-def install(model: nn.Module, name: str, method: Adapter, site: Site, *, key: str | None = None) -> Patch:
+def install(model: nn.Module, name: str, *, method: Adapter, site: Site, key: str | None = None) -> Patch:
     """Puts one patch of a method at one site; `attach` does it for all, and checks first."""
     patch = method.patch(site)
     module = model.get_submodule(site.path)
     patch.method = method
     patch.borrow(seams.shared_by(model, name, method=method))
     patch.to(next(model.parameters()).device).train(module.training)
-    seams.open_seam(module, working=True).add(name, key or method.spelling(), patch)
+    seams.open_seam(module, working=True).add(name, key or method.spelling(), patch=patch)
     waits = seams.capture_key(site)
     if waits:
         source = seams.open_seam(model.get_submodule(site.source), working=True)
@@ -99,7 +99,7 @@ def install(model: nn.Module, name: str, method: Adapter, site: Site, *, key: st
     return patch
 
 
-def select(model: nn.Module, name: str, key: str, parameters: Sequence[str]) -> None:
+def select(model: nn.Module, name: str, *, key: str, parameters: Sequence[str]) -> None:
     """Lets existing parameters learn under an adapter's name; one that it has already is left alone."""
     by_module: dict[str, list[str]] = {}
     for parameter in parameters:
@@ -113,7 +113,7 @@ def select(model: nn.Module, name: str, key: str, parameters: Sequence[str]) -> 
         for tensor in tensors:
             getattr(module, tensor).requires_grad_(True)
         if tensors:
-            seam.add(name, key, Selected(module, tensors))
+            seam.add(name, key, patch=Selected(module, tensors))
 
 
 def head_parameters(model: nn.Module) -> list[str]:
@@ -254,7 +254,7 @@ def settle(model: nn.Module) -> None:
     hub.refresh(model)
 
 
-def replace(model: nn.Module, path: str, new: nn.Module) -> None:
+def replace(model: nn.Module, path: str, *, new: nn.Module) -> None:
     """Puts a module in the place of another; a seam moves over to it.
 
     Raises:

@@ -172,4 +172,4 @@ def test_room_and_packages_are_asked_for_first(finished, tmp_path, monkeypatch):
 def test_every_family_has_a_graph(family, tmp_path):
     import work
 
-    assert onnx_files.write(work.ready(family).eval(), work.task(family), tmp_path, name=family).drift < 1e-5
+    assert onnx_files.write(work.ready(family).eval(), work.task(family), folder=tmp_path, name=family).drift < 1e-5

@@ -100,7 +100,7 @@ def test_scales_may_be_stored_in_fewer_bits_and_the_codes_are_taken_with_them():
     assert scales.dtype == torch.bfloat16
     assert ((w - scaled(codes, scales)).abs() <= scales.float()[:, None] * (0.5 + 7 / 256)).all()
     codes, scales, zeros = zero_point(w, bits=4, stored=torch.bfloat16)
-    assert ((w - scaled(codes, scales, zeros)).abs() <= scales.float()[:, None] * (0.5 + 16 / 256)).all()
+    assert ((w - scaled(codes, scales, zeros=zeros)).abs() <= scales.float()[:, None] * (0.5 + 16 / 256)).all()
 
 
 def test_shapes_follow_without_values():

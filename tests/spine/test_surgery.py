@@ -222,7 +222,7 @@ def test_a_norm_is_a_map_of_the_parameter_seam_too():
     norm, x = model.get_submodule(path), torch.randn(2, 3, 16)
     wanted = 2 * norm(x) - norm.bias + 1
     seam = seams.open_seam(norm, working=True)
-    seam.add("default", "lift", Lift())
+    seam.add("default", "lift", patch=Lift())
     seam.active = ("default",)
     torch.testing.assert_close(norm(x), wanted)
 
@@ -256,7 +256,7 @@ def test_a_replaced_module_takes_the_seam_over():
     old = model.get_submodule(path)
     twin = nn.Linear(16, 16)
     twin.load_state_dict({"weight": old.weight, "bias": old.bias})
-    surgery.replace(model, path, twin)
+    surgery.replace(model, path, new=twin)
     assert model.get_submodule(path) is twin and isinstance(twin, seams.Adapted) and not isinstance(old, seams.Adapted)
     assert torch.equal(steps.logits(model, "bert"), wanted)
     surgery.remove(model, "default")

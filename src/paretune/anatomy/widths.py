@@ -96,7 +96,7 @@ def head_attributes(module: nn.Module, *, heads: int, size: int) -> dict[str, in
     return {name: value for name, value in values.items() if name in module.__dict__}
 
 
-def set_field(model: nn.Module, field: str, value: int) -> None:
+def set_field(model: nn.Module, field: str, *, value: int) -> None:
     """Sets a field of the model's config, and of those that its stacks have for themselves."""
     for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
         if hasattr(config, field) and getattr(config, "model_type", None) == model_type(model):
@@ -117,7 +117,7 @@ def say_heads(model: Any) -> bool:
         return False
     for field, value in fields.items():
         setattr(model.config, field, value)
-        set_field(model, field, value)
+        set_field(model, field, value=value)
     return True
 
 

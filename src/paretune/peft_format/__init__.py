@@ -126,11 +126,11 @@ def read_peft(model: nn.Module, source: str | Path, *, name: str = "default", al
 def _attach(model: nn.Module, name: str, pieces: list[Piece], *, heads: list[str], biases: list[str]) -> None:
     surgery.attach(model, [], name=name, head=False)
     for piece in pieces:
-        surgery.install(model, name, piece.spelled, piece.site)
+        surgery.install(model, name, method=piece.spelled, site=piece.site)
     methods = dict.fromkeys(p.method for p in pieces)
     if biases:
         methods[linear.selection(biases)] = None
-        surgery.select(model, name, "bitfit", biases)
-    surgery.select(model, name, surgery.HEAD, heads)
+        surgery.select(model, name, key="bitfit", parameters=biases)
+    surgery.select(model, name, key=surgery.HEAD, parameters=heads)
     surgery.state(model).adapters[name] = tuple(methods)
     surgery.switch(model, name)

@@ -59,7 +59,7 @@ def read(model: nn.Module, source: Path, *, config: dict[str, Any], tensors: dic
     surgery.switch(model)
     hub.rebuild(model, {"packed": [], "adapters": adapters, "patches": patches, "selected": [], "active": list(adapters)})
     last = list(adapters)[-1]
-    surgery.select(model, last, IN_PLACE, record["trained"])
+    surgery.select(model, last, key=IN_PLACE, parameters=record["trained"])
     surgery.switch(model, *adapters)
     values = {_renamed(n.removeprefix(PREFIX), new): t for n, t in tensors.items()}
     state = {n: t for n, t in model.state_dict(keep_vars=True).items() if n in {*_ours(model, tuple(adapters)), *record["trained"]}}

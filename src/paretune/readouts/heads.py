@@ -91,7 +91,7 @@ def install(model: nn.Module, readout: Readout, *, sites: Sequence[Site]) -> Non
             del seam._modules[READOUT]
             seams.close_if_empty(module)
     for site in sites:
-        surgery.install(model, READOUT, readout, site)
+        surgery.install(model, READOUT, method=readout, site=site)
     hub.refresh(model)
 
 
@@ -133,9 +133,9 @@ def write(model: nn.Module, weight: Tensor, *, bias: Tensor | None, readout: Rea
         new.weight.copy_(weight)
         if own:
             new.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
-    surgery.replace(model, path, new.requires_grad_(old.weight.requires_grad))
+    surgery.replace(model, path, new=new.requires_grad_(old.weight.requires_grad))
     if bias is not None and not own:
-        offset = _offset(model, path) or surgery.install(model, READOUT, readout, Site(place="offset", path=path, out_features=len(bias)))
+        offset = _offset(model, path) or surgery.install(model, READOUT, method=readout, site=Site(place="offset", path=path, out_features=len(bias)))
         offset.hold({"bias": bias.to(model.dtype)})
     hub.refresh(model)
 

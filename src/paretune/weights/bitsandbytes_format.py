@@ -37,7 +37,7 @@ def read(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     if not paths:
         raise Incompatible(f"bitsandbytes: no tensor is named ....{STATE}, so nothing in it is NF4; there are {one_of(list(tensors)[:4])}")
     for path in paths:
-        surgery.replace(model, path, _module(path, model.get_submodule(path), {n: tensors[k] for n in _NAMES if (k := f"{path}.{n}") in tensors}))
+        surgery.replace(model, path, new=_module(path, model.get_submodule(path), {n: tensors[k] for n in _NAMES if (k := f"{path}.{n}") in tensors}))
     surgery.freeze(model)
     hub.refresh(model)
     return paths

@@ -31,7 +31,7 @@ def unpadded(model: nn.Module, examples: Examples, *, count: int) -> list[dict[s
 
 
 @contextlib.contextmanager
-def at_inputs(model: nn.Module, paths: Sequence[str], change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+def at_inputs(model: nn.Module, paths: Sequence[str], *, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """Within the block these modules compute with `change(path, x)` in the place of their input x; the model is in evaluation mode."""
 
     def hook(path: str) -> Callable[[nn.Module, tuple], tuple]:
@@ -61,7 +61,7 @@ def second_moments(model: nn.Module, paths: Sequence[str], *, batches: Sequence[
         counts[path] += len(rows)
         return x
 
-    with at_inputs(model, paths, add):
+    with at_inputs(model, paths, change=add):
         for batch in batches:
             model(**kind.inputs(batch))
     return {path: total / counts[path] for path, total in sums.items()}
@@ -79,7 +79,7 @@ def gate_gradients(model: nn.Module, paths: Sequence[str], *, batches: Sequence[
             gates[path] = torch.ones(rows, 1, x.shape[-1], dtype=x.dtype, device=x.device, requires_grad=True)
         return (x.reshape(rows, -1, x.shape[-1]) * gates[path]).view_as(x)  # some models flatten (B, T, I) to (B·T, I)
 
-    with at_inputs(model, paths, open_gate):
+    with at_inputs(model, paths, change=open_gate):
         for batch in batches:
             gates.clear()
             rows = len(next(iter(batch.values())))

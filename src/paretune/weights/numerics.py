@@ -51,7 +51,7 @@ def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scales > 0, scales.clamp(min=TINY), 0.0).to(dtype)
 
 
-def scaled(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+def scaled(codes: Tensor, scales: Tensor, *, zeros: Tensor | None = None) -> Tensor:
     """What codes (..., n) stand for, s (q − z), in fp32."""
     if zeros is None:
         return codes * scales.float()[..., None]

@@ -79,7 +79,7 @@ class Packing(Transform):
             module = model.get_submodule(path)
             packed = self.empty(module)
             packed.pack(module)
-            surgery.replace(model, path, packed)
+            surgery.replace(model, path, new=packed)
         surgery.freeze(model)  # codes cannot learn, and nothing else may without them
         return model
 
@@ -120,7 +120,7 @@ def unpack(model: nn.Module) -> bool:
     """Puts float maps with the dequantized weights in the place of packed ones; were there any?"""
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, Packed)]
     for path, module in found:
-        surgery.replace(model, path, module.unpacked())
+        surgery.replace(model, path, new=module.unpacked())
     return bool(found)
 
 

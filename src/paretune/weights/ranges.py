@@ -35,15 +35,15 @@ def calibrate(model: nn.Module, batches: Sequence[dict[str, Tensor]], *, kind: A
         low, high = spans[m].tolist()
         counts[m] += torch.histc(x.float().cpu(), BINS, low, high)
 
-    watch(model, maps, widen, batches=batches, kind=kind)
+    watch(model, maps, see=widen, batches=batches, kind=kind)
     if rule != "minmax":
-        watch(model, maps, tally, batches=batches, kind=kind)
+        watch(model, maps, see=tally, batches=batches, kind=kind)
     for m in maps:
         if m in spans:
             m.range.copy_(spans[m] if rule == "minmax" else clipped(counts[m], spans[m], rule=rule))
 
 
-def watch(model: nn.Module, maps: Sequence[PackedLinear], see: Callable[[PackedLinear, Tensor], None], *, batches: Sequence[Any], kind: Any) -> None:
+def watch(model: nn.Module, maps: Sequence[PackedLinear], *, see: Callable[[PackedLinear, Tensor], None], batches: Sequence[Any], kind: Any) -> None:
     """Shows `see` every input of the maps, as the adapters before them leave it, while the batches go through the model."""
     was_training = model.training
     model.eval()

@@ -56,7 +56,7 @@ class Pruner(Transform):
             sparse = SparseLinear(module, kept=int(keep.sum()))
             sparse.take(module, keep)
             sparse.packed_by = self.spell()
-            surgery.replace(model, path, sparse)
+            surgery.replace(model, path, new=sparse)
 
 
 def require_pattern(method: Pruner, sites: list[Site]) -> None:

@@ -52,6 +52,6 @@ class FFN(Narrowing):
                 rows = torch.cat([rows_of(site, chosen) for site in block.into if site.path == path])
                 cut(model.get_submodule(path), rows=rows.sort().values)
             cut(model.get_submodule(block.down.path), columns=chosen)
-            anatomy.set_field(model, block.field, len(chosen))
+            anatomy.set_field(model, block.field, value=len(chosen))
         hub.refresh(model)
         return model

@@ -55,7 +55,7 @@ class Int4(Packing):
     def decode(self, codes: dict[str, Tensor], shape: tuple[int, int], *, rows: slice | Tensor) -> Tensor:
         by_row = {name: tensor.view(shape[0], -1)[rows] for name, tensor in codes.items()}
         q = grouped(levels_of_nibbles(by_row["weight"], LEVELS)[:, : shape[1]], self.group)
-        return ungrouped(scaled(q, by_row["scales"], by_row.get("zeros")), shape[1])
+        return ungrouped(scaled(q, by_row["scales"], zeros=by_row.get("zeros")), shape[1])
 
     def kernel(self, module: PackedLinear, x: Tensor, *, ready: tuple[Tensor, Tensor]) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, ready[0], self.group, ready[1])

@@ -86,5 +86,5 @@ class LLMInt8(Packing):
 
         with torch.no_grad():
             batches = unpadded(model, Examples(task, processor), count=EXAMPLES)
-            watch(model, list(paths), see, batches=batches, kind=task.kind)
+            watch(model, list(paths), see=see, batches=batches, kind=task.kind)
         return {f"outlier_share {path}": float(found[path].float().mean()) for path in found}

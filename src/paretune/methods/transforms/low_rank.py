@@ -76,12 +76,12 @@ class LowRank(Transform):
         if not found:
             raise Incompatible(f"{self!r}: at this rank two factors of a map have no fewer parameters than the map; lower keep, rank or energy")
         surgery.settle(model)
-        for path, pair in found.items():
+        for path, (first, second) in found.items():
             module = model.get_submodule(path)
-            thin = Thin(module, rank=len(pair[0]))
-            thin.take(module, *pair)
+            thin = Thin(module, rank=len(first))
+            thin.take(module, first, second=second)
             thin.packed_by = self.spell()
-            surgery.replace(model, path, thin)
+            surgery.replace(model, path, new=thin)
         return model
 
     def empty(self, module: nn.Module) -> nn.Module:
@@ -132,7 +132,7 @@ class Thin(nn.Module):
         self.first = nn.Linear(self.in_features, rank, bias=False, **made)
         self.second = nn.Linear(rank, self.out_features, bias=module.bias is not None, **made)
 
-    def take(self, module: Any, first: Tensor, second: Tensor) -> None:
+    def take(self, module: Any, first: Tensor, *, second: Tensor) -> None:
         """Has these factors (r, I) and (O, r), and the bias of the map."""
         learns = module.weight.requires_grad
         self.first.weight, self.second.weight = (nn.Parameter(t.contiguous(), requires_grad=learns) for t in (first, second))
