@@ -12,7 +12,7 @@ import work
 from paretune import registry, surgery
 from paretune.methods.adapters.lora import LoRA
 
-OFF = {"keep": 1.0, "weight": 0.0, "inner_steps": 0, "mix": 0.0}  # the knob that says how much of it there is, and its value for none
+OFF = {"keep": 1.0, "weight": 0.0, "inner_steps": 0, "mix": 0.0, "bits": 32}  # the knob that says how much of it there is, and its value for none
 NAMES = [name for name in registry.names("modifier") if name != "schedule"]  # a schedule is the loop's own settings
 
 

@@ -94,6 +94,17 @@ def levels_of_nibbles(packed: Tensor, levels: Tensor) -> Tensor:
     return pairs.to(packed.device).index_select(0, packed.flatten().view(torch.uint8).int()).view(torch.float32).view(*packed.shape[:-1], -1)
 
 
+def pack_bits(mask: Tensor) -> Tensor:
+    """Bools of any shape as uint8 codes, eight to each, the first in its lowest bit."""
+    bits = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(codes: Tensor, count: int) -> Tensor:
+    """The first `count` bools that `pack_bits` packed, flat."""
+    return ((codes[:, None] >> torch.arange(8, dtype=torch.uint8, device=codes.device)) & 1).flatten()[:count].bool()
+
+
 @functools.cache
 def normal_float() -> Tensor:
     """The 16 levels of NormalFloat4 in [−1, 1]: quantiles of the normal distribution, 8 above zero, 7 below it, and zero.
@@ -109,14 +120,14 @@ def normal_float() -> Tensor:
 
 
 @functools.cache
-def dynamic_float() -> Tensor:
+def dynamic_float(*, signed: bool = True) -> Tensor:
     """The 256 levels of 8-bit dynamic floats in [−1, 1] (Dettmers 2016, arXiv:1511.04561): decades of 1, 2, 4, ..., 64 levels.
 
     With exponent e = 0 .. 6, the 2^(6−e) levels of a decade are the middles of even steps from 0.1 to 1, times 10^(−e), of either
-    sign; then 0 and 1.
+    sign; then 0 and 1. Without a sign a decade has twice as many, in [0, 1] (arXiv:2110.02861, section 3.1).
     """
     positive: list[float] = []
     for e in range(7):
-        steps = torch.linspace(0.1, 1, 2 ** (6 - e) + 1)
+        steps = torch.linspace(0.1, 1, 2 ** (6 - e + (not signed)) + 1)
         positive += (10.0**-e * (steps[:-1] + steps[1:]) / 2).tolist()
-    return torch.tensor(sorted([*positive, *(-p for p in positive), 0.0, 1.0]))
+    return torch.tensor(sorted([*positive, *(-p for p in positive if signed), 0.0, 1.0]))
