@@ -59,7 +59,7 @@ def complete(recipe: Recipe, backbone: Backbone, *, task: Task, options: Options
         Incompatible: where it does not compose, or nothing in it gives the task an answer that the checkpoint does not have.
     """
     if any(m.ranks for phase in recipe.phases for m in phase if isinstance(m, Modifier)) and not readouts_of(recipe):
-        recipe = registry.get("choices")() | recipe  # what their losses compare
+        recipe = registry.get("choices")() | recipe.behind(1)  # what their losses compare
     answers = any(is_training(phase) or isinstance(phase[0], Readout) for phase in recipe.phases)
     if not answers and not backbones.has_head(backbone, task):
         raise Incompatible(

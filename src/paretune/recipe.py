@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from paretune import registry
@@ -69,6 +69,10 @@ class Recipe:
         """The first k phases."""
         return Recipe(self.phases[:k])
 
+    def behind(self, phases: int) -> Recipe:
+        """This recipe as it is spelled behind so many other phases: each `@k` is `@(k + phases)`, and `@0` what it starts from."""
+        return Recipe(tuple(tuple(_renumbered(method, phases) for method in phase) for phase in self.phases))
+
     def check(self) -> Recipe:
         """This recipe, if it composes.
 
@@ -111,6 +115,11 @@ def after(phase: int) -> After:
 def is_training(phase: Phase) -> bool:
     """Does the phase train (has it adapters)?"""
     return any(isinstance(method, Adapter) for method in phase)
+
+
+def _renumbered(method: Method, phases: int) -> Method:
+    models = {name: After(value.phase + phases) for name, value in method.knobs(defaults=True).items() if isinstance(value, After)}
+    return dataclasses.replace(method, **models) if models else method  # type: ignore[type-var]
 
 
 def _check_phase(phase: Phase) -> None:
@@ -163,18 +172,21 @@ class _Parser:
         self.text = text
         self.tokens = list(_tokens(text))
         self.at = 0
+        self.before = 0  # phases in front of the one that is read
 
     def recipe(self) -> Recipe:
-        phases = self._joined("|", self._phase)
+        result = self._phase()
+        while self._skip("|"):
+            self.before = len(result.phases)
+            result = result | self._phase()
         if self._kind() != "end":
             self._fail("| or + or the end")
-        return Recipe(tuple(phase for group in phases for phase in group.phases))
+        return result
 
     def _phase(self) -> Recipe:
-        terms = self._joined("+", self._term)
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
+        total = self._term()
+        while self._skip("+"):
+            total = total + self._term()
         return total
 
     def _term(self) -> Recipe:
@@ -182,7 +194,7 @@ class _Parser:
         if name in registry.names("recipe"):
             if self._peek("("):
                 raise RecipeError(f"{self.text}: {name} is a named recipe and takes no knobs; it stands for {registry.line_of(name)}")
-            return _Parser(registry.line_of(name)).recipe()
+            return _Parser(registry.line_of(name)).recipe().behind(self.before)
         entry = registry.describe(name)
         knobs = self._knobs(name, [k["name"] for k in entry.knobs]) if self._skip("(") else {}
         return as_recipe(registry.get(name)(**knobs))
@@ -236,12 +248,6 @@ class _Parser:
             return _WORDS[token]
         self.at -= 1
         return self._fail('a value: a number, a "text" in quotes, True, False, None, [a list] or @0')
-
-    def _joined(self, sign: str, read: Callable[[], Recipe]) -> list[Recipe]:
-        items = [read()]
-        while self._skip(sign):
-            items.append(read())
-        return items
 
     def _kind(self) -> str:
         return self.tokens[self.at][0]

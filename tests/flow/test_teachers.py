@@ -32,8 +32,8 @@ def place(tmp_path_factory):
     return folder
 
 
-def planned(place, recipe, *, backbone="bert", out="out"):
-    text = {"text": "text", "label": "label"} if backbone == "bert" else {"text": "text"}
+def planned(place, recipe, *, backbone="bert", out="out", labels=None):
+    text = {"text": "text"} | ({"label": "label"} if (backbone == "bert" if labels is None else labels) else {})
     return flow._plan(flow.as_recipe(recipe), tasks.task(str(place / "films.csv"), **text), str(place / backbone), place / out, 0, ONCE)
 
 
@@ -58,6 +58,18 @@ def test_a_numbered_teacher_is_the_model_after_that_phase(place, monkeypatch):
     after = inference.open_model(plan.folder(1) / "model", plan.task)
     assert steps.same(steps.tensors(seen[After(1)]), steps.tensors(after))
     assert steps.same(steps.tensors(seen[After(0)]), steps.tensors(phases.first_model(plan)))
+
+
+@pytest.mark.parametrize("teacher, named", [("@0", "@1"), ("@1", "@2")])
+def test_a_number_stays_with_its_phase_where_choices_is_put_in_front(teacher, named, place, monkeypatch):
+    seen = {}
+    opened = teachers.opened
+    monkeypatch.setattr(teachers, "opened", lambda source, loop: seen.setdefault(source, opened(source, loop)))
+    plan = planned(place, f"full | full + distill(teacher={teacher}) + unlikelihood", backbone="gpt2", out=f"ranked{named}", labels=True)
+    assert str(plan.recipe).startswith("choices | full + ") and f"distill(teacher={named})" in str(plan.recipe)
+    runs.make(plan, "ranked")
+    (model,) = seen.values()
+    assert steps.same(steps.tensors(model), steps.tensors(inference.open_model(plan.folder(int(named[1:])) / "model", plan.task)))
 
 
 def test_a_folder_teaches_and_its_weights_are_a_part_of_the_name(place, tmp_path):

@@ -304,6 +304,14 @@ def test_modifiers_alone_are_a_part_of_a_phase():
         part.check()
 
 
+def test_a_named_recipe_counts_from_its_own_first_phase():
+    alone, behind = pt.parse("distilbert"), pt.parse("vocabulary | max_length | distilbert")
+    assert "teacher=@1" in str(alone) and "teacher=@3" in str(behind)
+    assert "teacher=@1" in str(pt.parse("vocabulary | distilgpt2")), "what it starts from is the model before it"
+    assert pt.parse("vocabulary | full + distill").phases[-1][1].teacher == pt.after(0), "a number that was written stays"
+    assert pt.parse(str(behind)) == behind
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Distill(Modifier):
     """Stands for a modifier that takes a model."""
