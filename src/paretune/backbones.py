@@ -119,15 +119,32 @@ def load(backbone: Backbone, task: Task | None, *, seed: int = 0, speaks: bool =
     auto = getattr(transformers, auto_class(config, AutoConfig.from_pretrained(backbone.source), task=task, speaks=speaks))
     wanted = task.kind.config(task) if task else {}
     same = speaks or task is not None and _has_head(config, task)
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]), _opening(backbone, task):
         torch.manual_seed(seed)
-        try:
-            model = auto.from_pretrained(backbone.source, ignore_mismatched_sizes=not same, **wanted)
-        except (ValueError, OSError, RuntimeError) as error:
-            what = f"{task.kind.name} task" if task else "plain use"
-            raise BackboneError(f"backbone {backbone.name!r} cannot be loaded for a {what}: {str(error).strip().splitlines()[0]}") from None
+        model = auto.from_pretrained(backbone.source, ignore_mismatched_sizes=not same, **wanted)
     travel(model, read_processor(backbone.source, config))
     return model.float().eval() if model.dtype in (torch.float16, torch.bfloat16) and not _packed(config) else model.eval()
+
+
+def outline(backbone: Backbone, task: Task, *, speaks: bool = False) -> PreTrainedModel:
+    """The modules that `load` would give, without values: on the meta device, in no time.
+
+    Raises:
+        BackboneError: for a model that transformers cannot open for this task.
+    """
+    parsed = AutoConfig.from_pretrained(backbone.source, **task.kind.config(task))
+    auto = getattr(transformers, auto_class(PreTrainedConfig.get_config_dict(backbone.source)[0], parsed, task=task, speaks=speaks))
+    with quiet(), torch.device("meta"), _opening(backbone, task):
+        return auto.from_config(parsed, attn_implementation="eager")
+
+
+@contextlib.contextmanager
+def _opening(backbone: Backbone, task: Task | None) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        what = f"{task.kind.name} task" if task else "plain use"
+        raise BackboneError(f"backbone {backbone.name!r} cannot be loaded for a {what}: {str(error).strip().splitlines()[0]}") from None
 
 
 def auto_class(config: dict[str, Any], parsed: Any, *, task: Task | None, speaks: bool = False) -> str:

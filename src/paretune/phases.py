@@ -67,8 +67,11 @@ def complete(recipe: Recipe, backbone: Backbone, *, task: Task, options: Options
             "or give a backbone that was fine-tuned for these labels"
         )
     teachers.check(recipe, backbone, task=task)
+    recipe.check()
+    for readout in readouts_of(recipe):
+        readout.check(backbones.outline(backbone, task, speaks=readout.speaks), Examples(task, None))
     config = AutoConfig.from_pretrained(backbone.source)
-    return Recipe(tuple(_scheduled(phase, options, config) if is_training(phase) else phase for phase in recipe.check().phases))
+    return Recipe(tuple(_scheduled(phase, options, config) if is_training(phase) else phase for phase in recipe.phases))
 
 
 def readouts_of(recipe: Recipe) -> list[Readout]:

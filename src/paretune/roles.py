@@ -33,6 +33,7 @@ class Trail:
     narrowed: tuple[str, ...] = ()  # the spellings of the transforms that kept a share of all neurons or heads
     fixed: str = ""  # the spelling of a transform that left zeros, thin factors or shared layers, which no sum may undo
     carries: bool = False  # do weights of that format pass gradients on to adapters, as a frozen base?
+    ranges: Modifier | None = None  # the qat whose step sizes wait to become codes
     embeddings: str = "float"  # the format of the token embedding, where a transform packed it
     readout: Readout | None = None  # how the answer is read, where that is not a trained head
 
@@ -59,6 +60,7 @@ class Method:
 
     role: ClassVar[str]
     card: ClassVar[Card]
+    keeps_ranges: ClassVar[bool] = False  # may it come between qat and the codes?
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))
@@ -201,6 +203,7 @@ class Readout(Method):
     """Says how an answer is read where that is not a trained head; fitted by forward passes. Its patches are a part of the head."""
 
     role = "readout"
+    keeps_ranges = True
     speaks: ClassVar[bool] = False  # does the answer come in a language model's own words, and not from a head?
 
     def follow(self, trail: Trail) -> Trail:
@@ -227,6 +230,9 @@ class Readout(Method):
     def encode(self, task: Any, rows: Any, *, processor: Any, max_length: int | None, config: Any) -> list[dict[str, Any]]:
         """The encodings of rows as the model that is read so shall get them; by default the task's own."""
         return task.encode(rows, processor, max_length=max_length, config=config)
+
+    def check(self, model: nn.Module, examples: Examples) -> None:
+        """Refuses a model or task that cannot be read so. It is called before a recipe runs, too: the model has no values then, `examples` no processor."""
 
     def fit(self, model: nn.Module, examples: Examples) -> int:
         """Makes the model's head answer; returns how many training examples went through the model or into a prompt."""

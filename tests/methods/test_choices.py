@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from paretune import backbones, phases, processors, seams, surgery, training
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.readouts.choices import Choices
+from paretune.options import Options
 from paretune.readouts import ranking
 from paretune.tasks import Rows
 from paretune.tasks.kinds.choice import Choice
@@ -138,6 +140,26 @@ def test_what_it_refuses():
     with pytest.raises(Incompatible, match="leaves 0 for a row"):
         fitted("gpt2", template="a " * 70 + "{text}\n{label}")
     assert isinstance(task.kind, Classification) and seams.readout(fitted("gpt2")[0]) == Choices(words=WORDS)
+
+
+@pytest.mark.parametrize("recipe, family, why", [
+    ("choices", "bert", "needed to score words, and Bert"), ("full | in_context", "bert", "put it first"), ("in_context | full", "bert", "needed to score words"),
+    ("full + unlikelihood", "bert", "needed to score words"), ("in_context", "t5", "are for decoders"), ('choices(words=["a"]) | full', "gpt2", "and 1 are given"),
+    ("choices | full", "gpt2", None), ("full + unlikelihood", "t5", None), ("full | prototypes", "bert", None),
+])  # fmt: skip
+def test_a_backbone_that_cannot_be_read_so_is_refused_before_anything_runs(recipe, family, why, tmp_path):
+    tiny.model(family, "base").save_pretrained(tmp_path)
+    plan = functools.partial(phases.complete, backbone=backbones.find(str(tmp_path)), task=work.text_task(), options=Options())
+    if why is None:
+        assert plan(paretune.recipe.as_recipe(recipe))
+        return
+    with pytest.raises(Incompatible, match=why):
+        plan(paretune.recipe.as_recipe(recipe))
+
+
+def test_a_saved_readout_is_a_backbone_that_speaks(tmp_path):
+    phases.save_model(fitted("gpt2")[0], tmp_path)
+    assert phases.complete(paretune.parse("choices | full"), backbones.find(str(tmp_path)), task=work.text_task(), options=Options())
 
 
 def test_a_template_s_line_break_stands_in_a_recipe():
