@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy
 import pytest
 import steps
 import tiny
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 import paretune  # noqa: F401 - lets transformers open our folders
 from paretune import surgery
 from paretune.errors import RecipeError
-from paretune.methods.adapters.mask import Mask, pack, unpack
+from paretune.methods.adapters.mask import Mask
 
 
 def adapted(method=Mask(targets="query"), family="bert"):  # noqa: B008
@@ -55,13 +54,6 @@ def test_weights_go_off_where_they_hurt_and_come_on_again():
             optimizer.step()
         shares.append(float((patch.scores > 0).float().mean()))
     assert shares == [0.0, 1.0]
-
-
-@pytest.mark.parametrize("shape", [(8,), (3, 5), (16, 16), (1,)])
-def test_bits_are_packed_as_numpy_packs_them(shape):
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.4
-    assert torch.equal(pack(mask), torch.from_numpy(numpy.packbits(mask.numpy(), bitorder="little")))
-    assert torch.equal(unpack(pack(mask), mask.numel()).view(shape), mask)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])

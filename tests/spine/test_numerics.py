@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
 
 from paretune.weights import numerics
-from paretune.weights.numerics import absmax, blockwise, grouped, levels_of_nibbles, nearest, nibbles, scaled, ungrouped, zero_point
+from paretune.weights.numerics import absmax, blockwise, grouped, levels_of_nibbles, nearest, nibbles, pack_bits, scaled, ungrouped, unpack_bits, zero_point
 
 BITS = (2, 3, 4, 8)
 
@@ -150,3 +151,10 @@ def test_two_codes_to_a_byte_and_back(n):
     assert packed.shape == (3, math.ceil(n / 2)) and packed.dtype == torch.int8
     assert torch.equal(packed[:, 0].view(torch.uint8).long() >> 4, codes[:, 0])
     assert torch.equal(levels_of_nibbles(packed, levels)[:, :n], levels[codes])
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 5), (16, 16), (1,)])
+def test_bits_are_packed_as_numpy_packs_them(shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.4
+    assert torch.equal(pack_bits(mask), torch.from_numpy(np.packbits(mask.numpy(), bitorder="little")))
+    assert torch.equal(unpack_bits(pack_bits(mask), mask.numel()).view(shape), mask)

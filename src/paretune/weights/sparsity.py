@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from paretune import anatomy, surgery
 from paretune.anatomy import Site
 from paretune.errors import Incompatible, RecipeError
-from paretune.methods.adapters.mask import pack, unpack
 from paretune.roles import Trail, Transform
 from paretune.weights.maps import mark, require_floats
+from paretune.weights.numerics import pack_bits, unpack_bits
 
 PATTERNS = ("", "2:4", "4:8")  # n of m weights that follow each other stay
 
@@ -110,7 +110,7 @@ class SparseLinear(nn.Module):
     def take(self, module: nn.Module, keep: Tensor) -> None:
         """Has the values of a float map at True of `keep` (O, I)."""
         weight = anatomy.weight(module)
-        self.bits = pack(keep)
+        self.bits = pack_bits(keep)
         self.values = nn.Parameter(weight.detach()[keep], requires_grad=weight.requires_grad)
         self.loaded()
 
@@ -131,7 +131,7 @@ class SparseLinear(nn.Module):
         return F.linear(x, weight, self.bias)
 
     def _mask(self, bits: Tensor) -> Tensor:
-        return unpack(bits, self.out_features * self.in_features).view(self.out_features, self.in_features)
+        return unpack_bits(bits, self.out_features * self.in_features).view(self.out_features, self.in_features)
 
     def _dense(self, values: Tensor, bits: Tensor) -> Tensor:
         return values.new_zeros(self.out_features, self.in_features).masked_scatter_(self._mask(bits), values)

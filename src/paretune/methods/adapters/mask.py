@@ -12,7 +12,6 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from paretune import anatomy
 from paretune.anatomy import Site
@@ -20,6 +19,7 @@ from paretune.card import Card, knob
 from paretune.errors import RecipeError
 from paretune.roles import Adapter
 from paretune.seams import Patch
+from paretune.weights.numerics import pack_bits, unpack_bits
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -72,20 +72,9 @@ class Bits(Patch):
 
     def _mask(self, shape: torch.Size) -> Tensor:
         if self.settled:
-            return unpack(self.bits, shape.numel()).view(shape).float()
+            return unpack_bits(self.bits, shape.numel()).view(shape).float()
         scores = self.scores.float()
         return (scores > self.threshold).float() + (scores - scores.detach())  # the value is m's, the gradient goes to s
 
     def settle(self) -> dict[str, Tensor]:
-        return {"bits": pack(self.scores > self.threshold)}
-
-
-def pack(mask: Tensor) -> Tensor:
-    """Bools of any shape as uint8 codes, eight to each, the first in its lowest bit."""
-    bits = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack(codes: Tensor, count: int) -> Tensor:
-    """The first `count` bools that `pack` packed, flat."""
-    return ((codes[:, None] >> torch.arange(8, dtype=torch.uint8, device=codes.device)) & 1).flatten()[:count].bool()
+        return {"bits": pack_bits(self.scores > self.threshold)}
