@@ -18,10 +18,10 @@ FAMILIES = ("bert", "roberta", "gpt2", "llama", "t5", "vit")  # what every contr
 
 _SPECIAL = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]  # as RoBERTa orders them: its positions count from the padding's id
 _WORDS = (
-    "the a an and or not is was it this that film movie book story actor plot scene good bad great poor fine dull bright "
+    "the its an and or not is was it this that film movie book story actor plot scene good bad great poor fine dull bright "
     "very so too never always with of in on for from to by at as we you they he she loved hated saw read made"
 ).split()
-VOCABULARY = (*_SPECIAL, *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase), ".", ",", "!", "?", *_WORDS, "##ing", "##ed", "##s")
+VOCABULARY = (*_SPECIAL, *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase), ".", ",", "!", "?", *_WORDS, "##ing", "##ed", "##ly")  # all different
 SIZE = len(VOCABULARY)
 CLS, PAD, SEP, UNK, MASK = range(5)
 
