@@ -1,7 +1,8 @@
-"""How many training examples a time budget allows on this machine: every training phase is timed on a few batches first."""
+"""How many training examples a time budget allows on this machine: every training phase, teacher and readout is timed on a few batches first."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -10,13 +11,15 @@ from typing import Any
 
 import torch
 
-from paretune import batches, phases, probe, store, surgery, training
+from paretune import backbones, batches, phases, probe, store, surgery, teachers, training
 from paretune.errors import BudgetError
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.options import Options
 from paretune.phases import Plan
+from paretune.probe import Pace
 from paretune.recipe import is_training
-from paretune.roles import Adapter
+from paretune.roles import Adapter, Modifier, Readout, Transform
+from paretune.tasks import Task
 
 LEAST = 64  # training examples below which no frontier is worth drawing
 PER_RUN_S = 24.0  # opening, scoring, saving and measuring one run of a small model, as the demo took it on 2 cores; an estimate
@@ -28,7 +31,7 @@ class Allotment:
     """What a time budget buys."""
 
     max_train: int
-    seconds_per_example: float  # of all training phases together, all epochs
+    seconds_per_example: float  # of all training phases and readouts together, all epochs and teachers
     fixed_s: float  # validation, scoring and measuring
     budget_s: float
 
@@ -57,20 +60,21 @@ def remembered(out: Path, plans: Sequence[tuple[str, Plan]], *, options: Options
 def allot(plans: Sequence[Plan], budget_s: float, *, report: Callable[[dict[str, Any]], None] | None = None) -> Allotment:
     """The number of training examples with which all plans are done in time.
 
-    Shared phases count once. Each training phase is timed on five batches, from short to long, at the pace it would choose.
+    Shared phases count once. Each training phase is timed on five batches, from short to long, at the pace it would choose;
+    the passes of its teachers and those that fit a readout are counted, too.
 
     Raises:
         BudgetError: when not even a few examples would be done in time.
     """
     task = plans[0].task
     each, fixed = 0.0, PER_RUN_S * len(plans)
-    trainings = {plan.identity(k + 1): (plan, k) for plan in plans for k, phase in enumerate(plan.recipe.phases) if is_training(phase)}
-    for i, (plan, k) in enumerate(trainings.values()):
-        schedule, seconds, forward = _timed(plan, k)
-        each += schedule.epochs * seconds
-        fixed += forward * (schedule.epochs * min(training.WATCHED, len(task.validation)) + len(task.validation) + len(task.test))
+    learning = {plan.identity(k + 1): (plan, k) for plan in plans for k, phase in enumerate(plan.recipe.phases) if not isinstance(phase[0], Transform)}
+    for i, (plan, k) in enumerate(learning.values()):
+        epochs, seconds, forward = _timed(plan, k)
+        each += seconds
+        fixed += forward * (epochs * min(training.WATCHED, len(task.validation)) + len(task.validation) + len(task.test))
         if report:
-            report({"measuring": "training speed", "done": i + 1, "of": len(trainings)})
+            report({"measuring": "training speed", "done": i + 1, "of": len(learning)})
     allowed = int((budget_s * RESERVE - fixed) / each) if each else len(task.train)
     if allowed < LEAST:
         needed = (fixed + LEAST * each) / RESERVE
@@ -80,31 +84,67 @@ def allot(plans: Sequence[Plan], budget_s: float, *, report: Callable[[dict[str,
     return Allotment(min(allowed, len(task.train)), each, fixed, budget_s)
 
 
-def _timed(plan: Plan, k: int) -> tuple[Schedule, float, float]:
-    """(schedule, seconds per example of a step, of a forward pass) of the training phase at index k."""
+def _timed(plan: Plan, k: int) -> tuple[float, float, float]:
+    """(epochs, seconds per training example in all of them, seconds of a forward pass) of the training or readout at index k."""
     phase = plan.recipe.phases[k]
+    model = _before(plan, k)
+    if isinstance(phase[0], Readout):
+        phases.shrink(model, phase[0], _little(plan.task))
+        forward = _forward_s(model, plan.task, given=_batches(plan.task, model, 32))
+        return 0.0, forward if phase[0].reads_every_row else 0.0, forward
     schedule = next(m for m in phase if isinstance(m, Schedule))
+    surgery.attach(model, [m for m in phase if isinstance(m, Adapter)])
+    plain = _batches(plan.task, model, schedule.batch)
+    pace = probe.choose(model, plan.task.kind, batch=plain[len(plain) // 2], schedule=schedule)
+    seconds = sum(probe.step_seconds(model, plan.task.kind, batch=batch, pace=pace, dropout=schedule.dropout) for batch in plain) / _size(plain)
+    forward = _forward_s(model, plan.task, given=plain, pace=pace)
+    return schedule.epochs, schedule.epochs * seconds + sum(_asked_s(m, plan, schedule, pace) for m in phase if isinstance(m, Modifier)), forward
+
+
+def _before(plan: Plan, k: int) -> Any:
+    """A model of the form that it has before phase k, untrained."""
     model = phases.first_model(plan)
     for (method,) in (p for p in plan.recipe.phases[:k] if not is_training(p)):
         if method.spelling() != "merge":
-            phases.shrink(model, method, plan.task)
-    surgery.attach(model, [m for m in phase if isinstance(m, Adapter)])
-    plain = _batches(plan, model, schedule.batch)
-    pace = probe.choose(model, plan.task.kind, batch=plain[len(plain) // 2], schedule=schedule)
-    examples = sum(len(next(iter(batch.values()))) for batch in plain)
-    seconds = sum(probe.step_seconds(model, plan.task.kind, batch=batch, pace=pace, dropout=schedule.dropout) for batch in plain)
-    with torch.inference_mode(), probe.paced(model.eval(), pace), probe.autocast(pace):
+            phases.shrink(model, method, _little(plan.task) if isinstance(method, Readout) else plan.task)
+    return model
+
+
+def _little(task: Task) -> Task:
+    """The task with the first training rows of each label: enough for a readout whose values do not matter."""
+    of_label: dict[Any, list[Any]] = {}
+    for row in task.train:
+        of_label.setdefault(row[task.columns["label"]], []).append(row)
+    return dataclasses.replace(task, train=type(task.train)(row for rows in of_label.values() for row in rows[:LEAST]))
+
+
+def _asked_s(modifier: Modifier, plan: Plan, schedule: Schedule, pace: Pace) -> float:
+    """Seconds per training example in which the models that a modifier reads beside are asked: once, or in every epoch."""
+    total = 0.0
+    for source, _ in modifier.models():
+        model = backbones.load(teachers.found(source), plan.task) if isinstance(source, str) else _before(plan, source.phase)
+        times = 1.0 if modifier.keeps_outputs else schedule.epochs
+        total += times * _forward_s(model, plan.task, given=_batches(plan.task, model, schedule.batch), pace=pace)
+    return total
+
+
+def _forward_s(model: Any, task: Task, *, given: list[dict[str, torch.Tensor]], pace: Pace | None = None) -> float:
+    """Seconds per example of a forward pass."""
+    with torch.inference_mode(), probe.paced(model.eval(), pace) if pace else contextlib.nullcontext(), probe.autocast(pace):
         started = time.perf_counter()
-        for batch in plain:
-            model(**plan.task.kind.inputs(batch))
-        forward = time.perf_counter() - started
-    return schedule, seconds / examples, forward / examples
+        for batch in given:
+            model(**task.kind.inputs(batch))
+        return (time.perf_counter() - started) / _size(given)
 
 
-def _batches(plan: Plan, model: Any, size: int) -> list[dict[str, torch.Tensor]]:
+def _size(given: list[dict[str, torch.Tensor]]) -> int:
+    return sum(len(next(iter(batch.values()))) for batch in given)
+
+
+def _batches(task: Task, model: Any, size: int) -> list[dict[str, torch.Tensor]]:
     """Five batches of an epoch, from short to long: what they take on average, an epoch's batches take."""
-    encodings = training.encode(plan.task, plan.task.train[: 32 * size], model=model)
-    lengths = [plan.task.kind.length(e) for e in encodings]
+    encodings = training.encode(task, task.train[: 32 * size], model=model)
+    lengths = [task.kind.length(e) for e in encodings]
     ordered = sorted(batches.epoch_batches(lengths, None, batch=size, random=batches.generator(0, 0)), key=lambda indices: max(lengths[i] for i in indices))
     picked = [ordered[round(q * (len(ordered) - 1))] for q in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    return [plan.task.kind.collate([encodings[i] for i in indices], surgery.state(model).processor) for indices in picked]
+    return [task.kind.collate([encodings[i] for i in indices], surgery.state(model).processor) for indices in picked]

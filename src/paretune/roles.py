@@ -190,6 +190,11 @@ class Modifier(Method):
             raise Incompatible(f"{self!r}: it compares answers in a language model's own words, and {trail.readout!r} reads a head; use choices in its place")
         return trail
 
+    @property
+    def keeps_outputs(self) -> bool:
+        """Are `models` asked once for each training example, and not in every epoch?"""
+        return False
+
     def models(self) -> list[tuple[After | str, bool]]:
         """The models that it reads beside the one that learns, `@k`, folders or hub ids; and whether it asks for their answers."""
         return []
@@ -205,6 +210,11 @@ class Readout(Method):
     role = "readout"
     keeps_ranges = True
     speaks: ClassVar[bool] = False  # does the answer come in a language model's own words, and not from a head?
+
+    @property
+    def reads_every_row(self) -> bool:
+        """Does fitting it take a forward pass of every training example?"""
+        return False
 
     def follow(self, trail: Trail) -> Trail:
         if self.speaks and trail.attached:

@@ -31,6 +31,10 @@ class ClassVectors(Readout):
     zero_shot = False  # are the vectors made without training rows?
     pooling: str
 
+    @property
+    def reads_every_row(self) -> bool:
+        return not self.zero_shot
+
     def vectors(self, means: Tensor) -> tuple[Tensor, Tensor | None]:
         """(W (C, D), b (C) or None) from the classes' mean embeddings (C, D)."""
         raise AssertionError(f"{self!r} does not say what a class vector is")

@@ -79,6 +79,10 @@ class Distill(Modifier):
         """Does it compare attention heads?"""
         return bool(self.attention or self.relation)
 
+    @property
+    def keeps_outputs(self) -> bool:
+        return self.cache
+
     def models(self) -> list[tuple[After | str, bool]]:
         return [(self.teacher, self.logits > 0)] if self.mix else []
 
