@@ -26,7 +26,7 @@ def merge(model: nn.Module) -> None:
         _fold(here, path, module, seam)
         here.unmerged[path] = seam
         seams.close_seam(module)
-        seams.keep_readout(module, seam)
+        seams.keep_own(module, seam)
     here.adapters, here.active = {}, ()
     hub.refresh(model)
 
@@ -61,7 +61,7 @@ def _refuse_tied(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _fold(here: State, path: str, module: nn.Module, seam: Seam) -> None:
-    patches = [p for adapter, _, p in seam.patches() if not isinstance(p, Selected) and adapter != seams.READOUT]
+    patches = [p for adapter, _, p in seam.patches() if not isinstance(p, Selected) and adapter not in (seams.READOUT, seams.RANGES)]
     for tensor, value in (seams.effective(module, patches) if patches else {}).items():
         parameter = getattr(module, tensor)
         here.merged.append((path, tensor, parameter.data))

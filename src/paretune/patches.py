@@ -60,6 +60,10 @@ class Patch(nn.Module):
         """
         raise AssertionError(f"{type(self).__name__} has no matrix")
 
+    def on_grid(self, weight: Tensor) -> Tensor:
+        """For the ranges that `qat` learned: the nearest weight (O, I) that codes stand for, in fp32."""
+        raise AssertionError(f"{type(self).__name__} has no grid")
+
     def settle(self) -> dict[str, Tensor]:
         """At the end of its phase: the frozen tensors by which it works from here on; none if it stays as it is."""
         return {}

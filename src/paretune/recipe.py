@@ -85,10 +85,12 @@ class Recipe:
             raise Incompatible(f"{self}: a recipe has at most one readout, not {len(readouts)}")
         for k, phase in enumerate(self.phases):
             _check_phase(phase)
+            ranges = trail.ranges
             for method in phase:
                 _check_models(method, k)
                 try:
                     _check_words(method, trail.readout)
+                    _check_ranges(method, ranges)
                     trail = method.follow(trail)
                 except Incompatible as error:
                     raise Incompatible(f"{self}: {error}" if str(self) not in str(error) else str(error)) from None
@@ -120,6 +122,11 @@ def is_training(phase: Phase) -> bool:
 def _renumbered(method: Method, phases: int) -> Method:
     models = {name: After(value.phase + phases) for name, value in method.knobs(defaults=True).items() if isinstance(value, After)}
     return dataclasses.replace(method, **models) if models else method  # type: ignore[type-var]
+
+
+def _check_ranges(method: Method, ranges: Modifier | None) -> None:
+    if ranges is not None and not method.keeps_ranges:
+        raise Incompatible(f"{method!r}: {ranges!r} has learned step sizes for the weights as they are; pack them first ({ranges.becomes}), or put it before")
 
 
 def _check_phase(phase: Phase) -> None:

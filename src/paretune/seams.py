@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CHILD = "paretune"
 READOUT = "readout"  # the name under which a readout's patches stand; they belong to the head, and no switch turns them off
+RANGES = "steps"  # the name of the step sizes that `qat` learned; they belong to the weights, and no switch turns them off
 
 
 def openness(x: Tensor, gate: Tensor) -> Tensor:
@@ -61,6 +62,10 @@ class Seam(nn.Module):
             if adapters is None or adapter in adapters:
                 yield from ((adapter, key, module) for key, module in group.named_children() if not isinstance(module, Patch))
 
+    def ranges(self) -> Patch | None:
+        """The patch that brings the module's effective weight onto a grid of codes, if there is one."""
+        return next((patch for _, _, patch in self.patches([RANGES])), None)
+
     def add(self, adapter: str, key: str, *, patch: nn.Module) -> None:
         """Puts a patch (or what patches share) in; a second one of a method gets a number."""
         group = self._modules.get(adapter)
@@ -84,14 +89,15 @@ class Seam(nn.Module):
             if adapter in names:
                 _waiting.inputs[key] = _first_input(args, kwargs)
         patches = [(a, p) for a, _, p in self.patches(names) if not isinstance(p, Selected)]
-        reweighing = [p for _, p in patches if p.reweighs]
-        if reweighing:
-            forward = _reweighed(forward, reweighing)
+        ranges = self.ranges()  # codes hold W + BA, so that what folds is summed up before it is rounded
+        inside = [p for _, p in patches if p.reweighs or ranges is not None and not (p.wraps or p.attends) and p.method.foldable]
+        if inside or ranges is not None:
+            forward = _reweighed(forward, inside, ranges)
         for around in self._wrapping(names):
             forward = functools.partial(around, forward)
         if any(p.attends for _, p in patches):
             kwargs = {**kwargs, attention.INPUT: _first_input(args, kwargs)}
-        working = [(a, p) for a, p in patches if not (p.wraps or p.attends or p.reweighs)]
+        working = [(a, p) for a, p in patches if not (p.wraps or p.attends or p in inside)]
         return self._patched(working, forward, args, kwargs) if working else forward(*args, **kwargs)
 
     def _wrapping(self, names: Sequence[str]) -> Iterator[Callable[..., Any]]:
@@ -133,11 +139,11 @@ class Seam(nn.Module):
         return y.index_copy(-1, index, call(x, y.index_select(-1, index)).to(y.dtype))  # the part (B, T, O of the part)
 
 
-def effective(module: nn.Module, patches: Sequence[Patch]) -> dict[str, Tensor]:
+def effective(module: nn.Module, patches: Sequence[Patch], *, ranges: Patch | None = None) -> dict[str, Tensor]:
     """The module's weight and bias (where it changes) with the patches in them, summed in fp32, as the module stores them.
 
     Patches that reweigh say what the map is, and come first; the others act on its input and output. Apart from that
-    the order is that of attachment.
+    the order is that of attachment. With `ranges` the sum is rounded to its grid of codes.
     """
     stored, bias = anatomy.weight(module), getattr(module, "bias", None)  # (O, I), (O)
     weight, shift = stored.float(), None if bias is None else bias.float()
@@ -147,6 +153,7 @@ def effective(module: nn.Module, patches: Sequence[Patch]) -> dict[str, Tensor]:
         d_weight, d_bias = patch.delta(weight[part], None if shift is None else shift[part])
         weight = _plus(weight, d_weight, rows)  # W ← W + ΔW
         shift = shift if d_bias is None or shift is None else _plus(shift, d_bias, rows)  # b ← b + Δb
+    weight = weight if ranges is None else ranges.on_grid(weight)
     found = {"weight": (weight.T if anatomy.is_transposed(module) else weight).to(stored.dtype).contiguous()}
     return found if bias is None or shift is bias else {**found, "bias": shift.to(bias.dtype)}
 
@@ -155,23 +162,23 @@ def _plus(whole: Tensor, change: Tensor, rows: Tensor | None) -> Tensor:
     return whole + change if rows is None else whole.index_add(0, rows, change)
 
 
-def _reweighed(plain: Callable[..., Any], patches: Sequence[Patch]) -> Callable[..., Any]:
+def _reweighed(plain: Callable[..., Any], patches: Sequence[Patch], ranges: Patch | None) -> Callable[..., Any]:
     """The same forward on a stand-in that has the effective values; the module itself stays as it is, for other threads to run."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _on_stand_in(plain, patches, args, kwargs)
+        return _on_stand_in(plain, patches, ranges, args, kwargs)
 
     return forward
 
 
 @torch.compiler.disable  # it would not know the stand-in for a module
-def _on_stand_in(plain: Callable[..., Any], patches: Sequence[Patch], args: tuple, kwargs: dict[str, Any]) -> Any:
+def _on_stand_in(plain: Callable[..., Any], patches: Sequence[Patch], ranges: Patch | None, args: tuple, kwargs: dict[str, Any]) -> Any:
     module = plain.__self__  # type: ignore[attr-defined]
     base = base_of(module)
     stand_in = base.__new__(base)
     kind = module.weight.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
-        stand_in.__dict__.update(module.__dict__ | effective(module, patches))
+        stand_in.__dict__.update(module.__dict__ | effective(module, patches, ranges=ranges))
     return types.MethodType(plain.__func__, stand_in)(*args, **kwargs)  # type: ignore[attr-defined]
 
 
@@ -275,11 +282,18 @@ def close_if_empty(module: nn.Module) -> None:
         close_seam(module)
 
 
-def keep_readout(module: nn.Module, seam: Seam) -> None:
-    """Lets the module go on, without the rest of its closed seam, with the readout's patches alone."""
-    group = seam._modules.get(READOUT)
-    if group is not None:
-        open_seam(module, working=True)._modules[READOUT] = group
+def keep_own(module: nn.Module, seam: Seam) -> None:
+    """Lets the module go on, without the rest of its closed seam, with the patches of a readout and the ranges of its codes."""
+    for name in (READOUT, RANGES):
+        group = seam._modules.get(name)
+        if group is not None:
+            open_seam(module, working=True)._modules[name] = group
+
+
+def drop_ranges(module: nn.Module) -> None:
+    """Takes the ranges off that a module's codes now have."""
+    del module._modules[CHILD]._modules[RANGES]  # type: ignore[union-attr]
+    close_if_empty(module)
 
 
 def readout(model: nn.Module) -> Any | None:

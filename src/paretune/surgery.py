@@ -40,6 +40,7 @@ def attach(model: nn.Module, methods: Sequence[Adapter], *, name: str = "default
     """
     here = state(model)
     _check_name(name, here)
+    _refuse_ranges(model, "a further adapter")
     plan = [(m, m.sites(model), m.selection(model)) for m in methods]  # every refusal happens before the first change
     if not on_top:
         switch(model)
@@ -68,11 +69,17 @@ def _idle(model: nn.Module, methods: Sequence[Adapter]) -> list[str]:
     return [n for n, _ in model.named_parameters() if n.startswith(tuple(f"{path}." for path in around))] if around else []
 
 
+def _refuse_ranges(model: nn.Module, what: str) -> None:
+    found = next((r for _, _, seam in seams_of(model) if (r := seam.ranges())), None)
+    if found is not None:
+        raise Incompatible(f"{found.method!r} has learned step sizes for the weights as they are, which {what} would change; pack them first, or leave it out")
+
+
 def _check_name(name: str, here: State) -> None:
     if name in here.adapters:
         raise Incompatible(f"adapter {name!r} is on the model already; remove it first or choose another name")
-    if not name.isidentifier() or hasattr(Seam(), name) or name == seams.READOUT:
-        raise Incompatible(f"adapter name {name!r}: a name is letters, digits and underscores, and none of torch's own, nor {seams.READOUT}")
+    if not name.isidentifier() or hasattr(Seam(), name) or name in (seams.READOUT, seams.RANGES):
+        raise Incompatible(f"adapter name {name!r}: a name is letters, digits and underscores, and none of torch's own, nor {seams.READOUT} or {seams.RANGES}")
 
 
 def share(model: nn.Module, name: str, *, method: Adapter) -> None:
@@ -190,6 +197,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         Incompatible: for an adapter that does more than add to an output, or trains a head or other weights in place.
     """
     here = state(model)
+    _refuse_ranges(model, "an adapter for each row")
     before = here.active
     for name in dict.fromkeys(n for n in names if n is not None):
         _known(name, here)
@@ -245,7 +253,7 @@ def settle(model: nn.Module) -> None:
                     f"adapter {adapter!r} is not active and has weights of its own, which a change of the model would outdate; remove it first"
                 )
     forget(model)
-    seams.settle(model, here.active)
+    seams.settle(model, (*here.active, seams.RANGES))
     for _, module, seam in seams_of(model):
         for adapter, key, patch in list(seam.patches(here.active)):
             if isinstance(patch, Selected):

@@ -200,7 +200,7 @@ class Loop:
     def learn(self, name: str, parameter: nn.Parameter) -> None:
         """Lets a modifier's own parameter learn along: trained and in checkpoints like the model's, and not a part of the model."""
         self.parameters[name] = parameter
-        self.optimizer.add_param_group({"params": [parameter], "weight_decay": self.schedule.weight_decay, "share": 1.0})
+        self.optimizer.add_param_group({"params": [parameter], "weight_decay": self.schedule.weight_decay * (parameter.dim() > 1), "share": 1.0})
 
     def _over_processes(self, losses: float, targets: int) -> tuple[float, int]:
         if self.accelerator.num_processes == 1:

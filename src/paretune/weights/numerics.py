@@ -27,10 +27,10 @@ from torch.nn import functional as F
 TINY = torch.finfo(torch.float32).tiny
 
 
-def absmax(x: Tensor, *, bits: int = 8, stored: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """(codes (..., n) int8 in ±(2^(bits−1) − 1), scales (...)): symmetric; `stored` is the number format of the scales."""
+def absmax(x: Tensor, *, bits: int = 8, stored: torch.dtype = torch.float32, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(codes (..., n) int8 in ±(2^(bits−1) − 1), scales (...)): symmetric; `stored` is the number format of the scales, unless they are given."""
     x, top = x.detach().float(), 2 ** (bits - 1) - 1
-    scales = _stored(x.abs().amax(-1) / top, stored)  # s = a / c
+    scales = _stored(x.abs().amax(-1) / top, stored) if scales is None else scales  # s = a / c
     codes = (x / scales.float().clamp(min=TINY)[..., None]).round().clamp(-top, top)  # q = round(x / s)
     return codes.to(torch.int8), scales
 

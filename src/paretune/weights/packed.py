@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from paretune import anatomy, surgery
 from paretune.errors import Incompatible
 from paretune.roles import Examples, Trail, Transform
-from paretune.seams import CHILD, base_of
+from paretune.seams import CHILD, RANGES, base_of, drop_ranges, seam_of
 from paretune.weights.maps import require_floats
 from paretune.weights.sharing import require_own_layers
 
@@ -34,13 +34,22 @@ CHUNK = 2**22  # so many weights are dequantized at a time: 16 MB in fp32
 class Packing(Transform):
     """A transform that packs linear maps, and with a knob `embeddings` the token embedding, into its format."""
 
+    keeps_ranges = True  # where they are its own
     carries: ClassVar[bool] = False  # may adapters be trained on what it packed?
     few: ClassVar[int] = 0  # up to how many tokens its kernel beats dequantizing the weight
     error: ClassVar[float]  # of a map: ‖Ŵ − W‖ ≤ error · ‖W‖ for weights that are spread about normally
     embeddings: bool = False  # does it pack the token embedding, too? a format may have a knob of this name
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """The tensors, by name, that stand for a weight (O, I); their shapes and number formats depend on its shape alone."""
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(bits, group; 0 is a row) of its codes, where they are symmetric with a scale each, so that `qat` can learn the scales."""
+        return None
+
+    def encode(self, weight: Tensor, steps: Tensor | None = None) -> dict[str, Tensor]:
+        """The tensors, by name, that stand for a weight (O, I); their shapes and number formats depend on its shape alone.
+
+        A format with a `grid` takes the steps (O · groups) between its codes, where they have been learned.
+        """
         raise AssertionError(f"{self!r} does not say what its codes are")
 
     def decode(self, codes: dict[str, Tensor], shape: tuple[int, int], *, rows: slice | Tensor) -> Tensor:
@@ -66,19 +75,45 @@ class Packing(Transform):
 
     def follow(self, trail: Trail) -> Trail:
         require_floats(self, trail)
+        self._check_ranges(trail)
         name = self.spelling()
-        return trail.replace(weights=name, by=name, carries=self.carries, embeddings=name if self.embeddings else trail.embeddings)
+        return trail.replace(ranges=None, weights=name, by=name, carries=self.carries, embeddings=name if self.embeddings else trail.embeddings)
+
+    def _check_ranges(self, trail: Trail) -> None:
+        if trail.ranges is None:
+            return
+        self._check_grid(trail.ranges)
+        loose = next((m for m in trail.attached if m.foldable and not m.selects), None)
+        if loose is not None:
+            raise Incompatible(f"{self!r}: {trail.ranges!r} learned step sizes for the weights with {loose!r} in them; put merge before {self.spelling()}")
+
+    def _check_grid(self, by: Any) -> None:
+        if self.grid != by.grid:
+            raise Incompatible(f"{self!r}: {by!r} trained the weights for other codes, of its own bits, groups and symmetry; use {by.becomes}")
+
+    def _learned(self, model: nn.Module) -> dict[str, Any]:
+        """The patches, by path, whose steps this format's codes shall have."""
+        found = {path: ranges for path, _, seam in surgery.seams_of(model) if (ranges := seam.ranges()) is not None}
+        for path, ranges in found.items():
+            self._check_grid(ranges.method)
+            others = (p for adapter, _, p in seam_of(model.get_submodule(path)).patches() if adapter != RANGES)  # type: ignore[union-attr]
+            if any(not isinstance(p, surgery.Selected) and p.method.foldable for p in others):
+                raise Incompatible(f"{self!r}: {ranges.method!r} learned steps for the weight of {path} with an adapter in it; merge it first")
+        return found
 
     def apply(self, model: nn.Module, examples: Examples | None = None) -> nn.Module:
         require_own_layers(model, by=self)
         paths = packable(model, embeddings=self.embeddings)
         if not paths:
             raise Incompatible(f"{self!r}: {type(model).__name__} has no float linear map left to pack")
+        learned = self._learned(model)
         surgery.settle(model)
         for path in paths:
             module = model.get_submodule(path)
             packed = self.empty(module)
-            packed.pack(module)
+            packed.pack(module, learned[path].steps if path in learned else None)
+            if path in learned:
+                drop_ranges(module)
             surgery.replace(model, path, new=packed)
         surgery.freeze(model)  # codes cannot learn, and nothing else may without them
         return model
@@ -141,9 +176,10 @@ class Packed(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor if device is None else torch.zeros_like(tensor, device=device))
 
-    def pack(self, module: nn.Module) -> None:
-        """Takes the values of a float module of the same shape."""
-        self._hold(self.method.encode(anatomy.weight(module).detach()))
+    def pack(self, module: nn.Module, steps: Tensor | None = None) -> None:
+        """Takes the values of a float module of the same shape, with the steps between codes that were learned for it."""
+        weight = anatomy.weight(module).detach()
+        self._hold(self.method.encode(weight) if steps is None else self.method.encode(weight, steps))
 
     def codes(self) -> dict[str, Tensor]:
         """The format's tensors by name."""
@@ -203,8 +239,8 @@ class PackedLinear(Packed):
         self.register_buffer("bias", None if module.bias is None else torch.zeros_like(module.bias))
         self.watch: Callable[[Tensor], None] | None = None  # is shown every input, while examples are read
 
-    def pack(self, module: nn.Module) -> None:
-        super().pack(module)
+    def pack(self, module: nn.Module, steps: Tensor | None = None) -> None:
+        super().pack(module, steps)
         self.bias = None if module.bias is None else module.bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -46,9 +46,16 @@ class Int4(Packing):
     symmetric: bool = knob(False, "absmax: codes of -7 to 7 and no zero point")
     embeddings: bool = knob(True, "store the token embedding in int4, too, by groups of its features")
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        return (4, self.group) if self.symmetric else None
+
+    def encode(self, weight: Tensor, steps: Tensor | None = None) -> dict[str, Tensor]:
         groups = grouped(weight, self.group)  # (O, G, group)
-        codes, scales, *zeros = (absmax if self.symmetric else zero_point)(groups, bits=4, stored=torch.bfloat16)
+        if self.symmetric:
+            codes, scales, *zeros = absmax(groups, bits=4, stored=torch.bfloat16, scales=None if steps is None else steps.view(groups.shape[:2]))
+        else:
+            codes, scales, *zeros = zero_point(groups, bits=4, stored=torch.bfloat16)
         packed = {"weight": nibbles(ungrouped(codes, weight.shape[1]) + 8).flatten(), "scales": scales.flatten()}
         return packed | ({"zeros": zeros[0].flatten()} if zeros else {})
 

@@ -64,8 +64,12 @@ class Int8(Packing):
     def needs_examples(self) -> bool:  # type: ignore[override]
         return self.mode == "static"
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        codes, scales = absmax(weight)
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        return 8, 0
+
+    def encode(self, weight: Tensor, steps: Tensor | None = None) -> dict[str, Tensor]:
+        codes, scales = absmax(weight, scales=steps)
         return {"weight": codes.flatten(), "scales": scales}
 
     def decode(self, codes: dict[str, Tensor], shape: tuple[int, int], *, rows: slice | Tensor) -> Tensor:

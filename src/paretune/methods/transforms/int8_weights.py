@@ -42,8 +42,13 @@ class Int8Weights(Packing):
     group: int = knob(0, "inputs with one scale; 0 is all inputs of an output channel", low=0)
     embeddings: bool = knob(True, "store the token embedding in int8, too, with a scale per token")
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        codes, scales = absmax(grouped(weight, self.group or weight.shape[1]))  # (O, G, I / G), (O, G)
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        return 8, self.group
+
+    def encode(self, weight: Tensor, steps: Tensor | None = None) -> dict[str, Tensor]:
+        groups = grouped(weight, self.group or weight.shape[1])  # (O, G, I / G)
+        codes, scales = absmax(groups, scales=None if steps is None else steps.view(groups.shape[:2]))
         return {"weight": ungrouped(codes, weight.shape[1]).flatten(), "scales": scales.flatten()}
 
     def decode(self, codes: dict[str, Tensor], shape: tuple[int, int], *, rows: slice | Tensor) -> Tensor:

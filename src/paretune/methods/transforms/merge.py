@@ -23,6 +23,8 @@ from paretune.weights.packed import unpack
 class Merge(Transform):
     """Folds all attached adapters into the backbone."""
 
+    keeps_ranges = True
+
     card = Card(
         title="Merging",
         paper="Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models",
