@@ -10,6 +10,7 @@ import work
 from torch.nn import functional as F
 
 from paretune import anatomy, flow, phases, surgery
+from paretune.cli import show
 from paretune.errors import Incompatible
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
@@ -97,7 +98,10 @@ def test_a_run_records_what_was_chosen_and_why(tmp_path):
     ranked = [name.removeprefix(FACT) for name in record["facts"]]
     assert record["spelling"].startswith("surgical(count=2) + ")
     assert record["decided"] == f'surgical(blocks="{ranked[0]} {ranked[1]}", count=2)' and record["trainable_parameters"] > 0
-    assert picture.save(Run(tmp_path, {"phases": [record]}), tmp_path / "blocks.png").is_file()
+    plain = {name: value for name, value in record.items() if name not in ("decided", "facts")}
+    (tmp_path / "ranked").mkdir()
+    drawn = show._rankings([Run(tmp_path / "ranked", {"phases": [record]}), Run(tmp_path / "plain", {"phases": [plain]})])
+    assert drawn == [tmp_path / "ranked" / "blocks.png"] and drawn[0].read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_the_data_decide_is_decided_before_attaching():

@@ -59,7 +59,17 @@ def _cost(made: Run, name: str, unit: str) -> str:
 def front(runs: Sequence[Run], budgets: Budgets, *, out: Path) -> None:
     """Writes picture, page and table, and prints the points, the answer to each budget, and where the files are."""
     found = Front(runs, budgets.battery, rate=budgets.rate, folder=out)
-    written = found.report(out, budgets.under)
+    written = [*found.report(out, budgets.under), *_rankings(runs)]
     wide = None if sys.stdout.isatty() else _WIDTH
     table.show_all(found, [limits.parse(text, found.metric) for text in budgets.under], console=Console(width=wide))
     click.echo("\nwritten: " + ", ".join(map(str, written)))
+
+
+def _rankings(runs: Sequence[Run]) -> list[Path]:
+    """Draws blocks.png into the folder of every run in which `surgical` ranked the blocks."""
+    decided = [run for run in runs if any("decided" in phase for phase in run.record["phases"])]
+    if not decided:  # the picture needs torch, which a report goes without
+        return []
+    from paretune.reports import blocks
+
+    return [blocks.save(run, run.folder / "blocks.png") for run in decided if blocks.ranked(run)]

@@ -16,6 +16,11 @@ from paretune.store import Run
 _TUNED, _OTHER = "#0072B2", "#B8BEC4"
 
 
+def ranked(run: Run) -> bool:
+    """Were blocks ranked in this run, so that there is a picture to save?"""
+    return bool(_ranked(run))
+
+
 def save(run: Run, path: Path) -> Path:
     """Writes the ranking of a run's first surgical phase as PNG; returns the path.
 
@@ -49,8 +54,12 @@ def _place(block: str) -> tuple[int, str, int]:
     return ({"embeddings": 0, "rest": 2}.get(block, 1), {"encoder": "0", "decoder": "1"}.get(stack, ""), int(index) if index.isdigit() else 0)
 
 
+def _ranked(run: Run) -> list[dict[str, Any]]:
+    return [p for p in run.record["phases"] if any(name.startswith(FACT) for name in p.get("facts", {}))]
+
+
 def _phase(run: Run) -> dict[str, Any]:
-    ranked = [p for p in run.record["phases"] if any(name.startswith(FACT) for name in p.get("facts", {}))]
-    if not ranked:
+    found = _ranked(run)
+    if not found:
         raise StoreError(f"{run.folder}: no blocks were ranked in this run; surgical(blocks=\"auto\") ranks them")
-    return ranked[0]
+    return found[0]
