@@ -105,8 +105,7 @@ def fit(model: nn.Module, task: Task, *modifiers: Modifier, seed: int = 0, repor
     if not any(p.requires_grad for p in model.parameters()):
         raise Incompatible("fit: nothing learns, as what is attached came frozen from a file or an earlier phase; call pt.thaw(model), or adapt it on_top")
     schedule = next((m for m in modifiers if isinstance(m, Schedule)), Schedule())
-    if schedule.lr is None:
-        schedule = Schedule(**{**schedule.knobs(defaults=True), "lr": phases.default_lr(tuple(attached), model.config)})
+    schedule = phases.rated(schedule, tuple(attached), config=model.config)
     settings = training.Settings(seed=seed, device=str(next(model.parameters()).device), report=report)
     return training.fit(model, task, schedule=schedule, modifiers=modifiers, settings=settings)
 

@@ -6,6 +6,7 @@ import torch
 import work
 from transformers import BertConfig
 
+import paretune
 from paretune import phases, surgery
 from paretune.methods.adapters.bitfit import BitFit
 from paretune.methods.adapters.full import Full
@@ -83,3 +84,14 @@ def test_the_default_rate_is_the_lowest_of_the_cards_and_falls_with_the_size():
     assert phases.default_lr((LoRA(), BitFit()), minilm) == min(LoRA.card.lr, BitFit.card.lr)
     assert phases.default_lr((Full(),), base) == Full.card.lr
     assert phases.default_lr((Full(),), minilm) == pytest.approx(4 * Full.card.lr)  # half the layers, half the width
+
+
+@pytest.mark.parametrize("text, lr, head_lr", [
+    ("lora", 3e-3, None), ("ia3", 1e-2, 3e-3), ("head", 1e-2, None), ("head + ia3", 1e-2, 3e-3), ("lora + schedule(lr=1e-2)", 1e-2, 3e-3),
+    ("ia3 + schedule(head_lr=1e-2)", 1e-2, 1e-2), ("ia3 + schedule(head=False)", 1e-2, None),
+])  # fmt: skip
+def test_a_head_beside_adapters_of_a_high_rate_has_its_own(text, lr, head_lr):
+    (phase,) = paretune.parse(text).phases
+    given = next((m for m in phase if isinstance(m, Schedule)), Schedule())
+    found = phases.rated(given, phase, config=BertConfig())
+    assert (found.lr, found.head_lr) == (lr, head_lr)

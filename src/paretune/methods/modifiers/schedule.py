@@ -31,7 +31,7 @@ class Schedule(Modifier):
     )
 
     lr: float | None = knob(None, "peak learning rate; None takes the lowest of the adapters' cards", low=0.0, search="1e-5..1e-2 log")
-    head_lr: float | None = knob(None, "peak learning rate of the task's head, which starts from nothing; None is lr, but at least 1e-3", low=0.0)
+    head_lr: float | None = knob(None, "peak learning rate of the task's head; None is lr, but at least 1e-3 and, beside adapters, at most 3e-3", low=0.0)
     epochs: float = knob(3.0, "passes over the training split; a fraction is allowed", low=0.0)
     batch: int = knob(32, "examples per optimizer step", low=1)
     micro_batch: int | None = knob(None, "examples per forward pass, accumulated to `batch`; None is `batch`", low=1)
