@@ -158,3 +158,12 @@ def test_bits_are_packed_as_numpy_packs_them(shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.4
     assert torch.equal(pack_bits(mask), torch.from_numpy(np.packbits(mask.numpy(), bitorder="little")))
     assert torch.equal(unpack_bits(pack_bits(mask), mask.numel()).view(shape), mask)
+
+
+@pytest.mark.parametrize("levels", [numerics.normal_float, numerics.dynamic_float])
+def test_levels_have_values_where_a_model_without_any_asks_first(levels):
+    """`from_pretrained` makes modules on the meta device; levels that were first asked for there are kept for the whole process."""
+    levels.cache_clear()
+    with torch.device("meta"):
+        levels()
+    assert levels().device.type == "cpu"

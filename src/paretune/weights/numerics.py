@@ -112,9 +112,9 @@ def normal_float() -> Tensor:
     Each half has evenly spaced probabilities from 1/2 to 1 − (1/32 + 1/30)/2, so that its outermost level stands for as much mass
     as the others; divided by the largest. The arXiv:2305.14314 code counts probabilities in fp32, and so does this.
     """
-    edge = 0.9677083
-    above = torch.special.ndtri(torch.linspace(edge, 0.5, 9)[:-1].double())
-    below = -torch.special.ndtri(torch.linspace(edge, 0.5, 8)[:-1].double())
+    edge = 0.9677083  # all on the CPU by name: these values are kept, and may first be asked for where a model is made without any
+    above = torch.special.ndtri(torch.linspace(edge, 0.5, 9, device="cpu")[:-1].double())
+    below = -torch.special.ndtri(torch.linspace(edge, 0.5, 8, device="cpu")[:-1].double())
     levels = torch.cat([above, above.new_zeros(1), below]).sort().values.float()
     return levels / levels.max()
 
@@ -128,6 +128,6 @@ def dynamic_float(*, signed: bool = True) -> Tensor:
     """
     positive: list[float] = []
     for e in range(7):
-        steps = torch.linspace(0.1, 1, 2 ** (6 - e + (not signed)) + 1)
+        steps = torch.linspace(0.1, 1, 2 ** (6 - e + (not signed)) + 1, device="cpu")
         positive += (10.0**-e * (steps[:-1] + steps[1:]) / 2).tolist()
-    return torch.tensor(sorted([*positive, *(-p for p in positive if signed), 0.0, 1.0]))
+    return torch.tensor(sorted([*positive, *(-p for p in positive if signed), 0.0, 1.0]), device="cpu")
