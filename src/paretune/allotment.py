@@ -93,7 +93,8 @@ def _timed(plan: Plan, k: int) -> tuple[float, float, float]:
         forward = _forward_s(model, plan.task, given=_batches(plan.task, model, 32))
         return 0.0, forward if phase[0].reads_every_row else 0.0, forward
     schedule = next(m for m in phase if isinstance(m, Schedule))
-    surgery.attach(model, [m for m in phase if isinstance(m, Adapter)])
+    adapters, _ = phases.decided(model, [m for m in phase if isinstance(m, Adapter)], task=plan.task)
+    surgery.attach(model, adapters, head=schedule.head)
     plain = _batches(plan.task, model, schedule.batch)
     pace = probe.choose(model, plan.task.kind, batch=plain[len(plain) // 2], schedule=schedule)
     seconds = sum(probe.step_seconds(model, plan.task.kind, batch=batch, pace=pace, dropout=schedule.dropout) for batch in plain) / _size(plain)

@@ -39,11 +39,11 @@ def allot(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe, asked", [
-    ("full", 0), ("full | full + distill(teacher=@1)", 1), ("full | keep_layers | full + distill(teacher=@1, cache=False)", EPOCHS),
+    ("full", 0), ("surgical", 0), ("full | full + distill(teacher=@1)", 1), ("full | keep_layers | full + distill(teacher=@1, cache=False)", EPOCHS),
     ("full + distill(teacher=@0, logits=0.0, hidden=1.0)", 1), ("imprint | full", 1), ("full | prototypes", 1), ("prototypes(source=\"labels\")", 0),
 ])  # fmt: skip
 def test_passes_beside_the_steps_are_counted(recipe, asked, allot):
-    trainings = sum("full" in phase for phase in recipe.split("|"))
+    trainings = sum("full" in phase or "surgical" in phase for phase in recipe.split("|"))
     assert allot(recipe).seconds_per_example == trainings * EPOCHS * STEP + asked * FORWARD
 
 
