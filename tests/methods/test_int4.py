@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import runpy
+
 import pytest
 import tiny
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from paretune import phases
+from paretune.methods.transforms import int4
 from paretune.methods.transforms.int4 import Int4
 from paretune.weights.packed import PackedEmbedding
 
@@ -76,3 +79,9 @@ def test_the_embedding_is_packed_by_row():
     assert isinstance(table, PackedEmbedding) and torch.equal(table(ids), table.dequantized()[ids])
     assert ((table(ids) - plain[ids]).abs() <= table.scales.float()[ids][..., None] * 0.57).all()
     assert not table(torch.tensor([tiny.PAD])).any()  # padding's row of zeros stays zero
+
+
+def test_levels_have_values_where_the_file_is_first_read_while_a_model_is_made_without_any():
+    with torch.device("meta"):  # as `from_pretrained` of a saved model reads it, in a process that has not packed before
+        levels = runpy.run_path(int4.__file__)["LEVELS"]
+    assert levels.tolist() == list(range(-8, 8))

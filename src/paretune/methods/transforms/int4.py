@@ -17,7 +17,7 @@ from paretune.card import Card, knob
 from paretune.weights.numerics import absmax, grouped, levels_of_nibbles, nibbles, scaled, ungrouped, zero_point
 from paretune.weights.packed import PackedLinear, Packing
 
-LEVELS = torch.arange(16) - 8  # what a half byte stands for
+LEVELS = torch.arange(16, device="cpu") - 8  # what a half byte stands for
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
