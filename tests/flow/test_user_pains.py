@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import socket
 import tomllib
 import weakref
@@ -404,8 +405,10 @@ def test_t4_a_half_precision_checkpoint_trains_on_the_cpu(dtype, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path)
     task = work.text_task()
     model = pt.adapt(pt.load(str(tmp_path), task), "lora(r=2)")
+    before = {n: p.detach().clone() for n, p in steps.learning(model).items()}
     fitted = pt.fit(model, task, Schedule(lr=5e-3, epochs=2.0, batch=8))
-    assert fitted.epochs[-1]["loss"] < fitted.epochs[0]["loss"]
+    assert all(math.isfinite(epoch["loss"]) for epoch in fitted.epochs)
+    assert before and all(p.isfinite().all() and not torch.equal(p, before[n]) for n, p in steps.learning(model).items())
 
 
 def test_t5_a_merged_model_is_as_good_and_brings_its_tokenizer(tmp_path):
