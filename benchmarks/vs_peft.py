@@ -73,8 +73,8 @@ def page(found: dict[str, Any]) -> str:
     machine, versions = asked["machine"], ", ".join(f"{k} {v}" for k, v in asked["versions"].items())
     return f"""# The same work in paretune and in peft
 
-LoRA r=8 on query and value of MiniLM, {asked["task"]} with {asked["examples"]} training texts, {asked["epochs"]} epoch, batch {asked["batch"]}, learning
-rate {asked["lr"]:g}; loading and tokenizing included, validation left out. {asked["rounds"]} rounds, contestants in turn, each in a process of its own.
+LoRA r=8 on query and value of MiniLM, {asked["task"]} with {asked["examples"]} training texts, epochs: {asked["epochs"]}, batch {asked["batch"]}, learning
+rate {asked["lr"]:g}; loading and tokenizing included, validation left out. Rounds: {asked["rounds"]}, contestants in turn, each in a process of its own.
 The same parameters learn in all: peft is told to train BERT's pooler (`modules_to_save`), which paretune counts to the head.
 paretune chose {found["pace"]["dtype"]} and {found["pace"]["attention"]} attention. Medians, with the range over rounds; "paretune again" is the A/A control.
 
