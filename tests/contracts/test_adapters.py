@@ -86,8 +86,8 @@ def test_only_what_is_declared_learns(method, family):
 @every_case
 def test_the_loss_falls(method, family):
     model = adapted(method, family, head=True)
-    losses = steps.descend(model, family, steps=15, lr=1e-2)
-    assert min(losses) < 0.99 * losses[0]  # a step of Adam may overshoot, and the last one may be such
+    losses = steps.descend(model, family, steps=20, lr=5e-3)
+    assert losses[-1] < 0.99 * losses[0]
 
 
 @every_case
