@@ -72,7 +72,7 @@ def allot(plans: Sequence[Plan], budget_s: float, *, report: Callable[[dict[str,
     for i, (plan, k) in enumerate(learning.values()):
         epochs, seconds, forward = _timed(plan, k)
         each += seconds
-        fixed += forward * (epochs * min(training.WATCHED, len(task.validation)) + len(task.validation) + len(task.test))
+        fixed += forward * (epochs * training.watched_of(task) + len(task.validation) + len(task.test))
         if report:
             report({"measuring": "training speed", "done": i + 1, "of": len(learning)})
     allowed = int((budget_s * RESERVE - fixed) / each) if each else len(task.train)

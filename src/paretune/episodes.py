@@ -74,7 +74,7 @@ class Episodes(Events):
 
     def score(self, loop: Loop) -> float:
         """The share of validation rows answered rightly after adapting to training rows, over fixed episodes."""
-        rows = training.encode(loop.task, loop.task.validation[: training.WATCHED], model=loop.model)
+        rows = training.encode(loop.task, loop.task.validation[: training.watched_of(loop.task)], model=loop.model)
         asked, random = _by_class(rows), batches.generator(loop.settings.seed, 0, purpose=5)
         known = {label: at for label, at in self.members.items() if asked.get(label)}
         each, right = max(self.size.queries, 1), []

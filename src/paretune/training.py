@@ -26,7 +26,7 @@ from paretune.roles import Modifier
 from paretune.tasks import Task, score
 
 LEAST_HEAD_LR = 1e-3  # a fresh head learns nothing at the small rates that suit pretrained weights
-WATCHED = 256  # validation examples scored after each epoch; a run's own validation score is over all of them
+WATCHED = (256, 2048)  # validation examples scored after each epoch, at least and at most; a run's own validation score is over all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,13 +249,14 @@ class Loop:
             checkpoints.save(self, cursor=0)
 
     def _better(self, score: float, than: float) -> bool:
-        return score < than if self.task.better == "lower" else score > than
+        """Whether a later epoch is kept: also when it is as good, since its rate had decayed further."""
+        return score <= than if self.task.better == "lower" else score >= than
 
     def _validate(self) -> float:
         own = next((found for events in self.events if (found := events.score(self)) is not None), None)
         if own is not None:
             return own
-        watched = self.task.validation[:WATCHED]
+        watched = self.task.validation[: watched_of(self.task)]
         return score(self.task, predict(self.model, self.task, rows=watched, pace=self.pace), rows=watched)
 
     def _report(self, seconds: float, done: int, steps: int) -> None:
@@ -271,6 +272,15 @@ class Loop:
     def collate(self, encodings: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch of encodings on the device."""
         return _to_device(self.task.kind.collate(encodings, _processor(self.model)), self.accelerator.device)
+
+
+def watched_of(task: Task) -> int:
+    """How many validation examples choose the epoch: a quarter of the training examples (a twelfth of their cost), within `WATCHED`.
+
+    With 256 of them one standard error is 2.3 points at 83 %, more than two epochs differ.
+    """
+    least, most = WATCHED
+    return min(len(task.validation), most, max(least, len(task.train) // 4))
 
 
 def predict(model: nn.Module, task: Task, *, rows: Any, pace: probe.Pace | None = None, batch: int = 64) -> list[Any]:
