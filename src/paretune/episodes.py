@@ -40,6 +40,8 @@ class Size:
 class Episodes(Events):
     """Gives every step an episode in the place of a batch, and judges an epoch by how well the model answers after adapting."""
 
+    whole_batches = True
+
     def __init__(self, loop: Loop, *, method: Modifier, size: Size) -> None:
         self.method, self.size = method, size
         _refuse(loop, method)

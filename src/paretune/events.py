@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class Events:
     """What a modifier may do in a training phase; each handler is a no-op until overridden."""
 
+    whole_batches = False  # whether a batch must pass through the model at once
+
     def indices(self, epoch: int, n: int, *, generator: torch.Generator) -> Sequence[int] | None:
         """Which of the n training examples this epoch visits; None is all."""
         return None

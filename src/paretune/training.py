@@ -162,10 +162,9 @@ class Loop:
         self._end_epoch()
 
     def _step(self, indices: list[int]) -> None:
-        size = self.schedule.micro_batch or len(indices)
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
         losses, targets = 0.0, 0
-        micro = [mine[i : i + size] for i in range(0, len(mine), size)]
+        micro = self._micro_batches(mine)
         for part in micro:
             self.indices = part
             loss, count = self.loss(self._collate(part))
@@ -186,6 +185,12 @@ class Loop:
             self.epoch_examples + len(indices),
         )
         self.examples += len(indices)
+
+    def _micro_batches(self, indices: list[int]) -> list[list[int]]:
+        size = self.schedule.micro_batch or len(indices)
+        if self.schedule.micro_batch or self.accelerator.device.type != "cpu" or any(events.whole_batches for events in self.events):
+            return [indices[i : i + size] for i in range(0, len(indices), size)]
+        return batches.parts(indices, self.lengths)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """(summed loss with every modifier's share, number of targets) of one batch on the device."""
@@ -303,7 +308,8 @@ def read(
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     with heap.kept(), torch.inference_mode(), probe.autocast(pace):
-        for indices in batches.by_length(lengths, batch):
+        together = batches.by_length(lengths, batch)
+        for indices in [part for whole in together for part in batches.parts(whole, lengths)] if device.type == "cpu" else together:
             inputs = _to_device(task.kind.collate([encodings[i] for i in indices], _processor(model)), device)
             outputs = model(**task.kind.inputs(inputs))
             for i, answer in zip(indices, answers(inputs, outputs), strict=True):
