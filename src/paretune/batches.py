@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-CACHED = 2048  # tokens that pass through a model at once on a CPU: more leave its caches, which costs a sixth of the time and 40 % memory
+CACHED = 2048  # tokens that pass through a model at once on a CPU: more leave its caches (docs/step.md)
 POOL = 32  # batches that are sorted by length together; between pools and batches the order is random
 
 
