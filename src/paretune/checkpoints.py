@@ -39,7 +39,7 @@ def save(loop: Loop, *, cursor: int) -> None:
     for i, events in enumerate(loop.events):
         tensors |= {f"events/{i}/{key}": value for key, value in events.state().items()}
     numbers = {"cursor": cursor, "epoch": loop.epoch, "step": loop.step, "examples": loop.examples, "history": loop.history,
-               "best_epoch": loop.best_epoch, "pace": vars(loop.pace) if hasattr(loop.pace, "__dict__") else {},
+               "best_epoch": loop.best_epoch, "improved": loop.improved, "pace": vars(loop.pace) if hasattr(loop.pace, "__dict__") else {},
                "epoch_loss": loop.epoch_loss, "epoch_targets": loop.epoch_targets, "epoch_examples": loop.epoch_examples}  # fmt: skip
     target = folder / f"{PREFIX}{loop.step:09d}"
     older = _all(folder)
@@ -75,7 +75,7 @@ def restore(loop: Loop) -> int:
     for i, events in enumerate(loop.events):
         start = f"events/{i}/"
         events.restore({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
-    for name in ("epoch", "step", "examples", "history", "best_epoch", "epoch_loss", "epoch_targets", "epoch_examples"):
+    for name in ("epoch", "step", "examples", "history", "best_epoch", "improved", "epoch_loss", "epoch_targets", "epoch_examples"):
         setattr(loop, name, numbers[name])
     loop.pace = Pace(**numbers["pace"])
     torch.set_rng_state(tensors["random"])

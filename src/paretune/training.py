@@ -93,6 +93,7 @@ class Loop:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] | None = None
         self.best_epoch = -1
+        self.improved = -1  # the newest epoch that was better than all before, not only as good
 
     def run(self) -> Fitted:
         """All epochs, from the start or from the newest checkpoint."""
@@ -123,7 +124,7 @@ class Loop:
         return math.ceil(self.schedule.epochs)
 
     def _stalled(self) -> bool:
-        return self.best_epoch >= 0 and self.epoch - 1 - self.best_epoch >= self.schedule.patience
+        return self.best_epoch >= 0 and self.epoch - 1 - self.improved >= self.schedule.patience
 
     def _probe_batch(self) -> dict[str, Tensor]:
         middle = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
@@ -246,17 +247,18 @@ class Loop:
         record = {"loss": self.epoch_loss / max(1, self.epoch_targets), "examples": float(self.epoch_examples)}
         if len(self.task.validation):
             record["validation_score"] = self._validate()
-            if self.best_epoch < 0 or self._better(record["validation_score"], self.history[self.best_epoch]["validation_score"]):
-                self.best_epoch = self.epoch
+            best = None if self.best_epoch < 0 else self.history[self.best_epoch]["validation_score"]
+            if best is None or not self._worse(record["validation_score"], best):
+                self.improved = self.improved if record["validation_score"] == best else self.epoch
+                self.best_epoch = self.epoch  # the later of two as good: its rate had decayed further
                 self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
         self.history.append(record)
         self.epoch += 1
         if self.settings.folder and self.epoch < self._epochs:
             checkpoints.save(self, cursor=0)
 
-    def _better(self, score: float, than: float) -> bool:
-        """Whether a later epoch is kept: also when it is as good, since its rate had decayed further."""
-        return score <= than if self.task.better == "lower" else score >= than
+    def _worse(self, score: float, than: float) -> bool:
+        return score > than if self.task.better == "lower" else score < than
 
     def _validate(self) -> float:
         own = next((found for events in self.events if (found := events.score(self)) is not None), None)
