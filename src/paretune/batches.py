@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-CACHED = 2048  # tokens that pass through a model at once on a CPU: more leave its caches (docs/step.md)
+CACHED = 2048  # tokens that pass through a model at once on a CPU: more leave its caches (measured by `python -m benchmarks.step`)
 POOL = 32  # batches that are sorted by length together; between pools and batches the order is random
 
 

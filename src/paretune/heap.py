@@ -1,7 +1,7 @@
 """While a model computes, memory that it frees stays with the process, for the next batch.
 
 glibc gives large blocks back to the system as soon as they are free and asks for them again at the next batch; every page
-is then zeroed and mapped anew. On two cores that was a third of the time of a training step (docs/step.md).
+is then zeroed and mapped anew. On two cores that costs time in every step; how much, `python -m benchmarks.step` measures.
 """
 
 from __future__ import annotations
