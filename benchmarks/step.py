@@ -1,4 +1,4 @@
-"""What two habits of the training loop save: freed memory that stays (`heap.py`), and batches cut to the caches (`batches.parts`).
+"""What batches cut to a CPU's caches (`batches.parts`) save in training.
 
     python -m benchmarks.step [--examples 160] [--rounds 3]
 
@@ -8,7 +8,6 @@ LoRA on stdlib-topics, one epoch. Each variant trains in a fresh process; they t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import subprocess
@@ -18,13 +17,7 @@ from typing import Any
 
 from benchmarks import cells
 
-VARIANTS = {  # (freed memory stays, batches are cut)
-    "as it is": (True, True),
-    "as it is, again": (True, True),
-    "batches whole": (True, False),
-    "freed memory given back": (False, True),
-    "neither": (False, False),
-}
+VARIANTS = {"as it is": True, "as it is, again": True, "batches whole": False}  # are batches cut?
 FILE = Path(__file__).parent / "results" / "step.json"
 PAGE = Path(__file__).parent.parent / "docs" / "step.md"
 
@@ -38,7 +31,7 @@ def main() -> None:
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        print(json.dumps(one(*VARIANTS[asked.one], examples=asked.examples)))
+        print(json.dumps(one(VARIANTS[asked.one], examples=asked.examples)))
         return
     if not asked.table:
         rounds = [{name: _apart(name, asked.examples) for name in (list(VARIANTS)[::-1] if i % 2 else VARIANTS)} for i in range(asked.rounds)]
@@ -51,14 +44,12 @@ def _apart(name: str, examples: int) -> dict[str, Any]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
-def one(stays: bool, cut: bool, *, examples: int) -> dict[str, Any]:
+def one(cut: bool, *, examples: int) -> dict[str, Any]:
     """The figures of one training in this process."""
     import paretune as pt
     from benchmarks import data
-    from paretune import batches, heap
+    from paretune import batches
 
-    if not stays:
-        heap.kept = contextlib.nullcontext
     if not cut:
         batches.CACHED = 10**9
     made = data.one_run("lora", pt.task("stdlib-topics").subset(examples), epochs=1)
@@ -70,7 +61,7 @@ def page(found: dict[str, Any]) -> str:
     """docs/step.md, from the file."""
     rounds = found["rounds"]
     some = rounds[0]["as it is"]
-    return f"""# What the training loop saves on a CPU
+    return f"""# What cut batches save on a CPU
 
 LoRA on {found["examples"]} texts of stdlib-topics, one epoch with its validation pass and the probe before it, {some["dtype"]}, on {some["cpu"]}. Medians of
 {len(rounds)} rounds, a fresh process each, in turn; the ratios are to `as it is` of the same round, with their range. `as it is, again` is the A/A control.

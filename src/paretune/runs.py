@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import paretune
-from paretune import heap, inference, phases, store, tasks, training
+from paretune import inference, phases, store, tasks, training
 from paretune.errors import StoreError
 from paretune.inference import Bench
 from paretune.meters import system
@@ -42,7 +42,7 @@ def begun(plan: Plan) -> bool:
 def make(plan: Plan, spelling: str) -> Run:
     """Does what is not done yet of one run; its inference costs stay open until `measure`."""
     target = folder_of(plan)
-    with store.locked(target), heap.kept():
+    with store.locked(target):
         if not (target / "run.json").is_file():
             records = phases.walk(plan)
             saved = plan.folder(len(plan.recipe.phases)) / "model"

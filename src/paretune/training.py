@@ -17,7 +17,7 @@ import accelerate
 import torch
 from torch import Tensor, nn
 
-from paretune import batches, checkpoints, heap, probe, seams, surgery, virtual_tokens
+from paretune import batches, checkpoints, probe, seams, surgery, virtual_tokens
 from paretune.errors import Diverged
 from paretune.events import Events
 from paretune.meters import flops
@@ -72,8 +72,7 @@ def fit(model: nn.Module, task: Task, *, schedule: Schedule, modifiers: Sequence
     loop = Loop(model, task, schedule, settings)
     loop.events = [m.events(loop) for m in modifiers if not isinstance(m, Schedule)]
     loop.events += [events for m in surgery.newest(model) if (events := m.events(loop))]
-    with heap.kept():
-        return loop.run()
+    return loop.run()
 
 
 class Loop:
@@ -309,7 +308,7 @@ def read(
     found: list[Any] = [None] * len(encodings)  # language modeling has blocks, not rows
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    with heap.kept(), torch.inference_mode(), probe.autocast(pace):
+    with torch.inference_mode(), probe.autocast(pace):
         together = batches.by_length(lengths, batch)
         for indices in [part for whole in together for part in batches.parts(whole, lengths)] if device.type == "cpu" else together:
             inputs = _to_device(task.kind.collate([encodings[i] for i in indices], _processor(model)), device)

@@ -3,7 +3,7 @@
 import pytest
 import work
 
-from paretune import batches, heap, surgery, training
+from paretune import batches, surgery, training
 from paretune.methods.adapters.full import Full
 from paretune.methods.modifiers.maml import MAML
 
@@ -39,26 +39,6 @@ def test_the_epoch_is_chosen_on_a_quarter_of_the_training_examples():
     found = [training.watched_of(work.text_task(train=train, validation=600)) for train in (24, 1600)]
     assert found == [256, 400]
     assert training.watched_of(work.text_task(train=24, validation=9)) == 9, "no more than there are"
-
-
-def test_memory_is_kept_once_for_nested_blocks_and_given_back(monkeypatch):
-    asked = []
-
-    class Libc:
-        def mallopt(self, what, value):
-            asked.append((what, value))
-            return 1
-
-        def malloc_trim(self, pad):
-            asked.append("trim")
-
-    monkeypatch.setattr(heap, "_glibc", Libc)
-    with pytest.raises(ZeroDivisionError), heap.kept():
-        with heap.kept():
-            assert asked == [(heap.TRIM, heap.KEPT[0]), (heap.MMAP, heap.KEPT[1])]
-        assert len(asked) == 2, "the inner block changes nothing"
-        raise ZeroDivisionError
-    assert asked[2:] == [(heap.TRIM, heap.USUAL[0]), (heap.MMAP, heap.USUAL[1]), "trim"]
 
 
 def test_an_episode_is_never_cut(monkeypatch):
