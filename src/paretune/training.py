@@ -128,7 +128,7 @@ class Loop:
     def _probe_batch(self) -> dict[str, Tensor]:
         middle = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
         start = max(0, len(middle) // 2 - self.schedule.batch // 2)
-        return self._collate(middle[start : start + self.schedule.batch])
+        return self._collate(self._micro_batches(middle[start : start + self.schedule.batch])[0])
 
     def _plan(self) -> list[list[int]]:
         visited, steps = self._visited(self.epoch), self.per_epoch[self.epoch]
