@@ -12,6 +12,7 @@ from typing import Any
 import paretune as pt
 from paretune import flow, runs
 from paretune.options import Options, Training
+from paretune.store import Run
 from paretune.tasks import Task
 
 FOLDER = Path(os.environ.get("PARETUNE_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -45,10 +46,20 @@ def few(rows: Any, n: int | None) -> Any:
 def one_run(recipe: str, given: Task, *, seed: int = 0, backbone: str = "minilm", epochs: float | None = None, lr: float | None = None) -> dict[str, Any]:
     """The figures of one recipe on one task, trained and scored; inference is not measured."""
     with tempfile.TemporaryDirectory() as out:
-        options = Options(Training(epochs=epochs, lr=lr))
-        plans = flow.plan_frontier(given, backbone=backbone, recipes=[recipe], seeds=seed + 1, out=out, options=options)
-        text, plan = plans[-1]
-        made = runs.make(plan, text)
+        return figures(finished(recipe, given, out=out, seed=seed, backbone=backbone, epochs=epochs, lr=lr), given)
+
+
+def finished(
+    recipe: str, given: Task, *, out: str, seed: int = 0, backbone: str = "minilm", epochs: float | None = None, lr: float | None = None
+) -> Run:  # fmt: skip
+    """The run itself, for as long as its folder stands."""
+    plans = flow.plan_frontier(given, backbone=backbone, recipes=[recipe], seeds=seed + 1, out=out, options=Options(Training(epochs=epochs, lr=lr)))
+    text, plan = plans[-1]
+    return runs.make(plan, text)
+
+
+def figures(made: Run, given: Task) -> dict[str, Any]:
+    """What a cell keeps of a run."""
     kept = ("recipe", "resolved", "seed", "metric", "score", "score_low", "score_high", "validation_score", "task", "task_fingerprint",
             "weights_sha256", "environment")  # fmt: skip
     costs = ("train_s", "train_cpu_s", "train_peak_mb", "trainable_parameters", "head_parameters", "stored_mb")
