@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paretune.card import Card, knob
-from paretune.errors import RecipeError, unknown
+from paretune.errors import RecipeError, did_you_mean
 from paretune.roles import ROLES, After, Method
 
 METHODS = Path(__file__).parent / "methods"
@@ -102,7 +102,7 @@ def is_recipe(name: str) -> bool:
 
 def _find(name: str) -> tuple[str, Path]:
     if name not in _files():
-        raise RecipeError(unknown("method", name, allowed=_files()) + "; `paretune methods` describes them")
+        raise RecipeError(f"method {name!r} is not known{did_you_mean(name, _files())}; `paretune methods` lists all")
     return _files()[name]
 
 

@@ -23,6 +23,7 @@ from paretune.recipe import Recipe, is_training
 from paretune.roles import After, Modifier, Readout
 from paretune.tasks import Task
 from paretune.tasks.kinds.base import IGNORED
+from paretune.units import show
 
 if TYPE_CHECKING:
     from paretune.training import Loop
@@ -125,16 +126,16 @@ class Teacher:
         first = {name: matrices[0] for name, matrices in self._ask([0]).items()}
         most = {name: [targets(e) if name == LOGITS else _tokens(e, len(matrix)) for e in self.encodings] for name, matrix in first.items()}
         widths = {name: matrix.shape[-1] for name, matrix in first.items()}
-        megabytes = sum(4e-6 * widths[name] * sum(most[name]) for name in first)
+        taken = sum(4 * widths[name] * sum(most[name]) for name in first)  # bytes
         folder = self._folder(source, most, widths)
         if folder is not None and not folder.exists():
             try:
-                store.require_space(folder, megabytes)
+                store.require_space(folder, taken / 1e6)
             except StoreError as error:
                 raise StoreError(f"the teacher's outputs: {error}; distill(cache=False) asks the teacher anew at every step") from None
             folder.mkdir(parents=True)
         if self.loop.settings.report:
-            self.loop.settings.report({"said": f"the outputs of the teacher {source!r} for {len(self.encodings):,} examples take {megabytes:,.1f} MB"})
+            self.loop.settings.report({"said": f"the outputs of the teacher {source!r} for {len(self.encodings):,} examples take {show(taken, 'B')}"})
         return {name: Shelf(folder and folder / name, most[name], width=width) for name, width in widths.items()}
 
     def _folder(self, source: After | str, most: dict[str, list[int]], widths: dict[str, int]) -> Path | None:

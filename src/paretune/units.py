@@ -104,12 +104,12 @@ _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, 
 def show(value: float | None, unit: str = "", *, digits: int = 3) -> str:
     """A value for people: three significant digits and an SI prefix where the unit takes one.
 
-    >>> show(22713216), show(0.00153, "J"), show(None), show(91.2, "MB")
-    ('22.7M', '1.53 mJ', '-', '91.2 MB')
+    >>> show(22713216), show(0.00153, "J"), show(None), show(91.2, "MB"), show(3840, "B")
+    ('22.7M', '1.53 mJ', '-', '91.2 MB', '3.84 kB')
     """
     if value is None:
         return "-"
-    if unit not in ("", "J", "s", "W", "FLOP"):
+    if unit not in ("", "J", "s", "W", "FLOP", "B"):
         return f"{value:.{digits}g} {unit}" if abs(value) < 10**digits else f"{value:,.0f} {unit}"
     factor, prefix = next((p for p in _PREFIXES if abs(value) >= p[0] * 0.9995), (1.0, ""))
     if not unit and factor < 1:

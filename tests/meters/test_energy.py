@@ -198,7 +198,7 @@ def test_without_meter_or_power_energy_is_none_with_a_reason(bare: None) -> None
     meter = energy.find()
     reading = meter.between(meter.now(), meter.now())
     assert meter.name == "none" and reading.value is None
-    assert "none here" in reading.reason and "--power idle=2W,busy=6W" in reading.reason and "phone" in reading.reason
+    assert "none here" in reading.reason and "paretune measure RUN --power idle=2W,busy=6W" in reading.reason and "phone" in reading.reason
 
 
 def test_the_best_meter_at_hand_is_taken(bare: None, tree: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 
 from pareto.synthetic import record, records
@@ -59,4 +60,11 @@ def test_the_printed_table_shows_every_recipe_and_no_markup_is_obeyed() -> None:
     text = out.getvalue()
     assert "[bold]full[/nothing]" in text and "full  (reference)" in text
     assert "paretune run 'lora(r=8) | merge | vocabulary | int8' --task stdlib-topics --backbone minilm --seed 0" in text
+    assert re.search(r"The whole search: \d+ trainings, [\d,.]+ \w*FLOP, [\d,.]+ s, [\d,.]+ \w*J\.\n", text)
     assert text.count("●") == len(Front(runs, "15 Wh").frontier("inferences_per_charge")) + 1  # and the legend
+
+
+def test_the_ledger_leaves_out_what_was_not_measured() -> None:
+    out = io.StringIO()
+    table.show_all(Front(records(1, energy=False)), console=Console(file=out, width=200))
+    assert re.search(r"The whole search: \d+ trainings, [\d,.]+ \w*FLOP, [\d,.]+ s\.\n", out.getvalue())

@@ -187,10 +187,12 @@ def test_an_error_says_where_and_what(text, words):
     assert words in str(error.value), str(error.value)
 
 
-def test_an_unknown_name_lists_what_there_is():
-    with pytest.raises(RecipeError, match="paretune methods") as error:
-        parse("nothing_like_it_at_all")
-    assert all(name in str(error.value) for name in registry.names())
+@pytest.mark.parametrize("text, near", [("lorra | merge", " (did you mean lora?)"), ("full | wand", " (did you mean wanda?)"), ("mqxz", "")])
+def test_an_unknown_name_gets_the_nearest_and_where_all_are(text, near):
+    with pytest.raises(RecipeError) as error:
+        parse(text)
+    name = next(n for n in ("lorra", "wand", "mqxz") if n in text)
+    assert str(error.value) == f"method {name!r} is not known{near}; `paretune methods` lists all"
 
 
 @pytest.mark.parametrize("name", METHODS)

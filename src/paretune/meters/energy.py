@@ -14,7 +14,7 @@ from paretune.meters.meter import Meter, NoMeter, Together
 from paretune.meters.nvml import Nvml
 from paretune.meters.rapl import Rapl
 
-STATE_IT = "state what the device draws (--power idle=2W,busy=6W, or --power-profile with a file or one of: {}), or give a meter's log (--log)"
+STATE_IT = "`paretune measure RUN --power idle=2W,busy=6W` states what the device draws; --power-profile takes a file or one of: {}, and --log a meter's log"
 
 
 def find(

@@ -92,9 +92,9 @@ def show_all(front: Front, budgets: Sequence[Budget] = (), *, console: Console |
     x = words.first_axis(front)
     console.print(points(front, x, narrow=console.width < 110))
     book = front.ledger
-    console.print(Text(f"● not beaten in {front.metric} and {records.named(x).label}. The whole search: {book.h_trainings} trainings, "
-                       f"{show(book.edh_flops, 'FLOP')}, {show(book.spent['train_s'], 's')}, {show(book.spent['train_energy_j'], 'J')}.\n"
-                       f"energy: {words.energy(front)}"))  # fmt: skip
+    sums = ((book.edh_flops, "FLOP"), (book.spent["train_s"], "s"), (book.spent["train_energy_j"], "J"))
+    spent = ", ".join([f"{book.h_trainings} trainings", *(show(value, unit) for value, unit in sums if value is not None)])
+    console.print(Text(f"● not beaten in {front.metric} and {records.named(x).label}. The whole search: {spent}.\nenergy: {words.energy(front)}"))
     chosen = "validation" if chosen_on([p.summary for p in front.all]) == "validation_score" else "test"
     for answer in answers(front, budgets):
         text = Text(f"\nunder {answer['budget']}: ", style="bold")
