@@ -1,0 +1,96 @@
+"""Which layers should change? A model of SST-2, adapted with few texts to a shift of the data or of the labels.
+
+    python -m benchmarks.shift [--hours 1] [--part 1/2]
+
+The domain shifts from film reviews to phrases of the news (MPQA); the labels shift where SST-2's own are swapped. Lee et al. 2022,
+arXiv:2210.11466, find that a shift of the labels asks for the last layers and one of the inputs for the first. The model of SST-2 is
+trained once for the cells of one seed that are filled together. Needs the folder of data sets (`benchmarks/data.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks import cells, data
+from benchmarks.cells import Cell, Table
+from paretune.tasks import Task
+
+SEEDS = (0, 1, 2)
+SOURCE, TRAIN, VALIDATION, TEST, EPOCHS = 1500, 50, 100, 500, 20
+RECIPES = ("head", "full", "surgical", *(f'surgical(blocks="{block}")' for block in ("embeddings", "0", "1", "2", "3", "4", "5")))
+
+
+def few(name: str, seed: int) -> Task:
+    """A few texts of a data set of two classes, 0 and 1."""
+    return data.task(name, train=TRAIN, validation=VALIDATION, test=TEST, seed=seed)
+
+
+def swapped(task: Task) -> Task:
+    """The same texts, each with the other one of two labels."""
+    other, label = dict(zip(task.labels, reversed(task.labels), strict=True)), task.columns["label"]
+    turned = {split: type(task.train)(row | {label: other[row[label]]} for row in task.rows(split)) for split in ("train", "validation", "test")}
+    return dataclasses.replace(task, **turned)
+
+
+SHIFTS: dict[str, Callable[[int], Task]] = {
+    "sst2 to mpqa": functools.partial(few, "mpqa"),
+    "sst2 with labels swapped": lambda seed: swapped(few("sst2", seed)),
+}
+
+
+def every_cell() -> Iterator[Cell]:
+    """Every recipe at every shift; seeds outermost."""
+    for seed in SEEDS:
+        for shift in SHIFTS:
+            for recipe in RECIPES:
+                yield Cell(f"{recipe} {shift} {seed}", functools.partial(one, recipe, shift, seed))
+
+
+@functools.lru_cache(maxsize=1)
+def _source(seed: int) -> tuple[tempfile.TemporaryDirectory[str], str]:
+    """MiniLM fine-tuned on SST-2: the folder that keeps it until the next seed's turn, and the model's within."""
+    out = tempfile.TemporaryDirectory()
+    given = data.task("sst2", train=SOURCE, validation=200, test=TEST, seed=seed)
+    return out, str(data.finished("full", given, out=out.name, seed=seed).model)
+
+
+def one(recipe: str, shift: str, seed: int) -> dict[str, Any]:
+    """One recipe, begun where SST-2 was learned."""
+    return data.one_run(recipe, SHIFTS[shift](seed), seed=seed, backbone=_source(seed)[1], epochs=EPOCHS)
+
+
+def page(table: Table) -> str:
+    """docs/shift.md, from the files."""
+    rows = []
+    for recipe in RECIPES:
+        found = {shift: [table.found(f"{recipe} {shift} {seed}") for seed in SEEDS] for shift in SHIFTS}
+        every = [f for fs in found.values() for f in fs]
+        chosen = [", ".join(_chosen(f) for f in fs if f) or cells.NOT_RUN for fs in found.values()] if recipe == "surgical" else ["-"] * len(SHIFTS)
+        rows.append([f"`{recipe}`", *map(cells.mean_range, found.values()), *chosen, cells.mean(every, "trainable_parameters"),
+                     cells.mean(every, "train_cpu_s")])  # fmt: skip
+    return f"""# A shift, and the layers that follow it
+
+Accuracy in percent on {TEST} test texts, the mean over {len(SEEDS)} seeds with the lowest and the highest. MiniLM is fine-tuned on {SOURCE:,} texts of SST-2 and then adapted to
+the shifted data with {TRAIN} texts, {EPOCHS} epochs at most, the cards' own rates; the epoch is chosen on {VALIDATION} validation texts. `surgical` chooses its block by
+the relative gradient norm over these {TRAIN} texts; the blocks it chose stand beside, a seed after the other.
+
+{cells.markdown(["recipe", *SHIFTS, *(f"block, {shift}" for shift in SHIFTS), "trainable", "train CPU s"], rows)}
+
+Made by `python -m benchmarks.shift` from the files in `benchmarks/results/shift/`; `--table` makes it again from them.
+"""
+
+
+def _chosen(found: dict[str, Any]) -> str:
+    """The block with the largest relative gradient norm."""
+    norms = {name.removeprefix("relative_gradient_norm_"): value for name, value in found["phases"][-1]["facts"].items()}
+    return max(norms, key=norms.__getitem__)
+
+
+TABLE = Table("shift", every_cell, page)
+
+if __name__ == "__main__":
+    TABLE.main()
