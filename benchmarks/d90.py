@@ -50,7 +50,7 @@ def one(d: int, seed: int) -> dict[str, Any]:
     cut = data.task("mrpc", train=TRAIN, validation=VALIDATION, test=TEST, seed=seed)
     task, out = dataclasses.replace(cut, metric="matthews"), _folder(seed).name
     found = pt.d90(task, backbone="minilm", dims=[d], out=out, seed=seed, options=Options(Training(epochs=EPOCHS)))
-    made = next(run for run in store.finished(Path(out)) if f"d={d}," in run.record["resolved"])
+    made = next(run for run in store.finished(Path(out)) if f"(d={d}," in run.record["resolved"])
     return {**data.figures(made, task), "d": d, "d90": found.d90, "score": found.scores[d], "test_score": made.record["score"], "full": found.full}
 
 
@@ -63,8 +63,8 @@ def page(table: Table) -> str:
     return f"""# d90 of MRPC
 
 How many numbers have to learn, in a random subspace of all linear maps of MiniLM (`intrinsic_dimension(d)`, structure-aware), for 90 % of
-what full fine-tuning reaches? Matthews correlation in percent, on {VALIDATION} validation pairs, as `pt.d90` decides by; the mean over {len(SEEDS)} seeds with the lowest
-and the highest. The paper takes accuracy, of which {100 * MAJORITY:.0f} % are had by always answering "paraphrase"; Matthews gives that 0, so d90 is
+what full fine-tuning reaches? Matthews correlation in percent, on {VALIDATION} validation pairs, as `pt.d90` decides by; the mean over
+{len(SEEDS)} seeds with the lowest and the highest. The paper takes accuracy, of which {100 * MAJORITY:.0f} % are had by always answering "paraphrase"; Matthews gives that 0, so d90 is
 the greater here. {TRAIN} training pairs, {EPOCHS} epochs at most, the cards' own rates.
 
 Full fine-tuning: {cells.mean_range(full, field="full")}. **d90**: {"; ".join(least)}.

@@ -105,8 +105,8 @@ def page(table: Table) -> str:
     majority = ["majority", *(cells.mean_range([f], field="majority").split(" (")[0] for f in some), _average(some, "majority"), "-"]
     return f"""# RAFT: eight real tasks with 50 labeled rows
 
-Macro F1 in percent of MiniLM by {ROUNDS} x {FOLDS}-fold on the 50 public rows (the labels of RAFT's test rows are hidden): the mean over {ROUNDS} rounds, with the
-lowest and the highest. The rounds share their rows: the range says how much chance lies in the cut and the start, not in the choice of the 50.
+Macro F1 in percent of MiniLM by {ROUNDS} x {FOLDS}-fold on the 50 public rows (RAFT's test labels are hidden): the mean over {ROUNDS} rounds,
+with the lowest and the highest. The rounds share their rows: the range says how much chance lies in the cut and the start, not in the choice of the 50.
 {EPOCHS} epochs on 40 rows, the cards' own rates, nothing chosen; the first {LONGEST} characters of a text. "Majority" gives always the most frequent class.
 `banking_77` and `systematic_review_inclusion` are left out, as some of their classes have fewer than 6 rows; of `tai_safety_research`, whose abstracts
 are partly missing, only titles are read. CPU seconds are those of one fold.

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import cells, data
 from benchmarks.cells import Cell, Table
+from paretune.methods.adapters.surgical import FACT
 from paretune.tasks import Task
 
 SEEDS = (0, 1, 2)
@@ -74,9 +75,9 @@ def page(table: Table) -> str:
                      cells.mean(every, "train_cpu_s")])  # fmt: skip
     return f"""# A shift, and the layers that follow it
 
-Accuracy in percent on {TEST} test texts, the mean over {len(SEEDS)} seeds with the lowest and the highest. MiniLM is fine-tuned on {SOURCE:,} texts of SST-2 and then adapted to
-the shifted data with {TRAIN} texts, {EPOCHS} epochs at most, the cards' own rates; the epoch is chosen on {VALIDATION} validation texts. `surgical` chooses its block by
-the relative gradient norm over these {TRAIN} texts; the blocks it chose stand beside, a seed after the other.
+Accuracy in percent on {TEST} test texts, the mean over {len(SEEDS)} seeds with the lowest and the highest. MiniLM is fine-tuned on
+{SOURCE:,} texts of SST-2 and then adapted to the shifted data with {TRAIN} texts, {EPOCHS} epochs at most, the cards' own rates; the epoch is chosen on
+{VALIDATION} validation texts. `surgical` chooses its block by the relative gradient norm over the {TRAIN} texts; what it chose stands beside, seed by seed.
 
 {cells.markdown(["recipe", *SHIFTS, *(f"block, {shift}" for shift in SHIFTS), "trainable", "train CPU s"], rows)}
 
@@ -86,7 +87,7 @@ Made by `python -m benchmarks.shift` from the files in `benchmarks/results/shift
 
 def _chosen(found: dict[str, Any]) -> str:
     """The block with the largest relative gradient norm."""
-    norms = {name.removeprefix("relative_gradient_norm_"): value for name, value in found["phases"][-1]["facts"].items()}
+    norms = {name.removeprefix(FACT): value for name, value in found["phases"][-1]["facts"].items() if name.startswith(FACT)}
     return max(norms, key=norms.__getitem__)
 
 
