@@ -64,8 +64,8 @@ def page(table: Table) -> str:
 
 How many numbers have to learn, in a random subspace of all linear maps of MiniLM (`intrinsic_dimension(d)`, structure-aware), for 90 % of
 what full fine-tuning reaches? Matthews correlation in percent, on {VALIDATION} validation pairs, as `pt.d90` decides by; the mean over
-{len(SEEDS)} seeds with the lowest and the highest. The paper takes accuracy, of which {100 * MAJORITY:.0f} % are had by always answering "paraphrase"; Matthews gives that 0, so d90 is
-the greater here. {TRAIN} training pairs, {EPOCHS} epochs at most, the cards' own rates.
+{len(SEEDS)} seeds with the lowest and the highest. The paper takes accuracy, of which {100 * MAJORITY:.0f} % are had by always answering "paraphrase"; Matthews
+gives that 0, so it asks for more. {TRAIN} training pairs, {EPOCHS} epochs at most, the cards' own rates.
 
 Full fine-tuning: {cells.mean_range(full, field="full")}. **d90**: {"; ".join(least)}.
 
