@@ -51,8 +51,12 @@ def save(model: nn.Module, folder: Path, *, base: str, revision: str | None = No
 
     Raises:
         Incompatible: for a model with nothing on it to write.
+        StoreError: for an adapter whose values are not in this process.
     """
     found = files.found(model, trained)
+    hollow = next((f"{path}.{n}" for path, patch in found.patches for n, p in patch.named_parameters() if not p.numel()), None)
+    if hollow is not None:
+        raise StoreError(f"{folder}: the adapter's {hollow} is empty, as its values are spread over several processes; gather them in this one and save again")
     try:
         config, tensors = _as_peft(model, found)
     except Incompatible as reason:
