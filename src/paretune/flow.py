@@ -21,7 +21,7 @@ from paretune.methods.modifiers.schedule import Schedule
 from paretune.options import Options
 from paretune.pareto.front import Front
 from paretune.phases import Plan, shrink
-from paretune.recipe import Recipe, as_recipe
+from paretune.recipe import Recipe, as_recipe, as_written
 from paretune.roles import Adapter, Method, Modifier
 from paretune.store import Run
 from paretune.tasks import Task
@@ -138,7 +138,7 @@ def run(
     runs.set_threads(options)
     plan = _plan(as_recipe(recipe), task, backbone, Path(out), seed, options)
     runs.refuse_existing([plan], plan.out, resume=resume)
-    made = runs.make(plan, str(as_recipe(recipe)))
+    made = runs.make(plan, as_written(recipe))
     return made if runs.is_measured(made) else runs.measure([made], plan.task, options=options, progress=_measuring(options))[0]
 
 
@@ -161,8 +161,8 @@ def plan_frontier(
 
     With a time budget among the options, the training examples are cut to what it allows on this machine.
     """
-    texts = dict.fromkeys(str(as_recipe(r)) for r in (recipes or DEFAULT_RECIPES))
-    plans = [(text, _plan(as_recipe(text), task, backbone, Path(out), seed, options)) for seed in range(seeds) for text in texts]
+    asked = {as_recipe(r): as_written(r) for r in (recipes or DEFAULT_RECIPES)}  # each once, however often it is written
+    plans = [(text, _plan(recipe, task, backbone, Path(out), seed, options)) for seed in range(seeds) for recipe, text in asked.items()]
     if options.training.time_budget_s is None:
         return plans
     max_train = allotment.remembered(Path(out), plans, options=options)

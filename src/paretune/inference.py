@@ -169,12 +169,11 @@ def measured(benches: dict[str, Bench], metering: Metering, *, progress: Callabl
 def peak_memory(folders: Sequence[Path]) -> list[Reading]:
     """Peak memory of a process that opens a saved model and answers, for each run folder: its highest resident size over that before the model."""
     try:
-        return [
-            found.over_mb
-            for found in memory.child_peaks("paretune.inference:_one_pass", [[str(f)] for f in folders], timeout_s=60 + 60 * len(folders))
-        ]
+        found = memory.child_peaks("paretune.inference:_one_pass", [[str(f)] for f in folders], timeout_s=60 + 60 * len(folders))
+        peaks = [peak.over_mb for peak in found]
     except MeterError as error:
-        return [missing("MB", str(error)) for _ in folders]
+        peaks = [missing("MB", str(error)) for _ in folders]
+    return [peak if peak.value is not None else missing("MB", f"{memory.UNFINISHED}: {peak.reason}") for peak in peaks]
 
 
 def _one_pass(folder: str) -> None:

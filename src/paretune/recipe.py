@@ -104,6 +104,15 @@ def as_recipe(source: str | Method | Recipe) -> Recipe:
     return source if isinstance(source, Recipe) else Recipe(((source,),))
 
 
+def as_written(source: str | Method | Recipe) -> str:
+    """The canonical text of a recipe, in which a named recipe keeps the name that the text has for it."""
+    if not isinstance(source, str):
+        return str(as_recipe(source))
+    parser = _Parser(source)
+    parser.recipe()
+    return "".join(parser.written)
+
+
 def spell(phases: tuple[Phase, ...], *, defaults: bool = False) -> str:
     """The canonical text of phases."""
     return " | ".join(" + ".join(m.spell(defaults=defaults) for m in phase) for phase in phases)
@@ -180,10 +189,12 @@ class _Parser:
         self.tokens = list(_tokens(text))
         self.at = 0
         self.before = 0  # phases in front of the one that is read
+        self.written: list[str] = []  # the canonical text, in which named recipes keep their names
 
     def recipe(self) -> Recipe:
         result = self._phase()
         while self._skip("|"):
+            self.written.append(" | ")
             self.before = len(result.phases)
             result = result | self._phase()
         if self._kind() != "end":
@@ -193,6 +204,7 @@ class _Parser:
     def _phase(self) -> Recipe:
         total = self._term()
         while self._skip("+"):
+            self.written.append(" + ")
             total = total + self._term()
         return total
 
@@ -201,10 +213,13 @@ class _Parser:
         if name in registry.names("recipe"):
             if self._peek("("):
                 raise RecipeError(f"{self.text}: {name} is a named recipe and takes no knobs; it stands for {registry.line_of(name)}")
+            self.written.append(name)
             return _Parser(registry.line_of(name)).recipe().behind(self.before)
         entry = registry.describe(name)
         knobs = self._knobs(name, [k["name"] for k in entry.knobs]) if self._skip("(") else {}
-        return as_recipe(registry.get(name)(**knobs))
+        method = registry.get(name)(**knobs)
+        self.written.append(method.spell())
+        return as_recipe(method)
 
     def _knobs(self, method: str, allowed: list[str]) -> dict[str, Any]:
         knobs: dict[str, Any] = {}

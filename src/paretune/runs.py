@@ -105,6 +105,9 @@ def measure(runs: Sequence[Run], task: Any, *, options: Options, progress: Calla
     if progress:
         progress("memory", 0, 1)
     peaks = dict(zip(plain, inference.peak_memory([run.folder for run in plain.values()]), strict=True))
+    for recipe, peak in peaks.items():
+        if peak.value is None and options.report:
+            options.report({"said": f"warning: {recipe}: {peak.reason}"})
     for recipe in first:
         found[recipe]["readings"]["peak_memory_mb"] = peaks.get(recipe, missing("MB", "the test examples are files, which are not kept with the run"))
     return [_measured(run, found[run.recipe], first[run.recipe].id) for run in runs]

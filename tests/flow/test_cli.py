@@ -23,9 +23,11 @@ import transformers
 from rich.console import Console
 
 import paretune as pt
-from paretune import cli, inference, registry, store, tasks
+from paretune import cli, flow, inference, registry, store, tasks
+from paretune.cli import show
 from paretune.cli.progress import Progress
-from paretune.meters import protocol
+from paretune.errors import MeterError
+from paretune.meters import memory, protocol
 from paretune.meters.reading import Reading
 
 MAIN = "from paretune.cli import main; main()"
@@ -275,6 +277,31 @@ def test_measure_replaces_what_was_measured(results, tmp_path):
     cost = pt.read_run(folder).cost
     assert cost.meter["idle_w"] == 3.0 and cost.train_s == run.cost.train_s and cost.latency_p50_ms > 0
     assert paretune("measure", folder, "--markers").status == 2
+
+
+def test_a_saved_model_that_a_fresh_process_cannot_use_is_loud(results, tmp_path, monkeypatch):
+    def failing(*arguments, **knobs):
+        raise MeterError("no such kernel")
+
+    monkeypatch.setattr(inference, "peak_memory", PEAK_MEMORY)
+    monkeypatch.setattr(memory, "child_peaks", failing)
+    said = paretune("measure", shutil.copytree(found(results[0], "full").folder, tmp_path / "run"), "--threads", 1)
+    assert said.status == 0
+    assert "warning: full: the saved model does not work in a fresh process: no such kernel" in said.err
+    assert "\nwarning: the saved model does not work in a fresh process: no such kernel\n" in said.out
+
+
+def test_a_named_recipe_keeps_its_name(place):
+    task = tasks.task(place / "reviews.csv", text="review", label="stars")
+    twice = ["houlsby | int8", 'adapter(form="houlsby") | int8', "houlsby|int8"]
+    ((text, plan),) = flow.plan_frontier(task, backbone=str(place / "bert"), recipes=twice)
+    assert text == "houlsby | int8" and plan.recipe.resolved.startswith("adapter(")
+
+
+@pytest.mark.parametrize(("recipe", "hinted"), [("lora", True), ("full | dora", True), ("lora | merge", False), ("adapter", False), ("lora + prefix", False),
+                                                ("lora(gate=True)", False), ("full", False), ("nf4 | lora", False), ("old_name(x=1)", False)])  # fmt: skip
+def test_merge_is_hinted_where_it_gains(recipe, hinted):
+    assert show._mergeable(recipe) == hinted
 
 
 def test_predict(results, place, tmp_path):

@@ -78,3 +78,12 @@ def test_how_well_measurements_repeat_is_said() -> None:
 def test_energies_of_different_meters_are_called_no_comparison() -> None:
     text = words.energy(Front([record("full"), record("head", estimate=False)]))
     assert "no comparison" in text and "estimated with CPU time" in text and "measured with RAPL" in text
+
+
+def test_the_command_of_a_named_recipe_repeats_its_schedule() -> None:
+    resolved = "choices(n=1) | ia3(x=1) + unlikelihood + length_norm + schedule(lr=0.01, epochs=1.5, batch=32) | int8"
+    text = words.command(record("full") | {"recipe": "t_few | int8", "resolved": resolved})
+    assert text.startswith("paretune run 't_few | int8' ") and "--epochs 1.5" in text
+    phases = ["full + schedule(epochs=2.0)", "keep_layers(k=1)", "full + distill(teacher=@1) + schedule(epochs=2.0)"]
+    assert "--epochs 2.0" in words.command(record("full") | {"recipe": "distilbert", "resolved": " | ".join(phases)})
+    assert words._expanded('lora(targets="mam") | houlsby') == 'lora(targets="mam") | adapter(form="houlsby")'

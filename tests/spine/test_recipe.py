@@ -19,7 +19,7 @@ from paretune.methods.modifiers.random_subset import RandomSubset
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.methods.transforms.int8 import Int8
 from paretune.methods.transforms.merge import Merge
-from paretune.recipe import Recipe, as_recipe, is_training, parse
+from paretune.recipe import Recipe, as_recipe, as_written, is_training, parse
 from paretune.roles import Adapter as AdapterRole
 from paretune.roles import After, Modifier, Readout
 
@@ -360,3 +360,9 @@ def test_the_public_names():
     assert "LoRA" in dir(pt) and "run" in dir(pt)
     with pytest.raises(AttributeError, match="no attribute 'Lora'"):
         pt.Lora  # noqa: B018
+
+
+def test_a_named_recipe_keeps_its_name_in_the_text_as_written():
+    assert as_written("mam|int8 ") == "mam | int8" and as_written("houlsby+schedule( epochs=1 ) | int8") == "houlsby + schedule(epochs=1.0) | int8"
+    assert parse(as_written("full | houlsby")) == parse("full | houlsby")
+    assert as_written(LoRA(r=4) | Merge()) == as_written("lora(r=4)|merge") == "lora(r=4) | merge"

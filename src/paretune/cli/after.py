@@ -42,6 +42,7 @@ def measure(folder: str, metering: Metering, *, meter_log: str | None, markers: 
     options = Options(compute=compute, metering=dataclasses.replace(metering, log=log))
     runs.set_threads(options)
     with progress.Progress() as report:
+        options = dataclasses.replace(options, report=report)
         (measured,) = runs.measure([found], inference.tested(found), options=options, progress=lambda what, i, n: report({"measuring": what, "done": i, "of": n}))
     show.run(measured)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,9 +13,13 @@ import click
 from rich.console import Console
 
 from paretune.cli.flags import Budgets
+from paretune.errors import ParetuneError
+from paretune.meters.memory import UNFINISHED
 from paretune.pareto import budgets as limits
 from paretune.pareto.front import Front
+from paretune.recipe import parse
 from paretune.reports import table, words
+from paretune.roles import Trail
 from paretune.store import Run
 from paretune.units import QUANTITIES
 from paretune.units import show as value
@@ -38,10 +44,27 @@ def run(made: Run) -> None:
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         click.echo(f"{label:<{width}}  {text}")
+    unopened = cost["reasons"].get("peak_memory_mb", "")
+    if unopened.startswith(UNFINISHED):
+        click.echo(f"\nwarning: {unopened}")
+    if _mergeable(record["resolved"]):
+        merged = shlex.quote(f"{made.recipe} | merge")
+        click.echo(f"\nhint:  {merged} answers the same and as fast as the plain model; what is trained is not trained again")
     folder = shlex.quote(str(made.folder))
     click.echo(f"\nnext:  paretune predict {folder} new.csv --out predictions.csv\n       paretune export {folder} --to hf --out folder/")
     if made.folder.parent.name == "runs":
         click.echo(f"       paretune report {shlex.quote(str(made.folder.parent.parent))}")
+
+
+def _mergeable(resolved: str) -> bool:
+    """Does the recipe leave adapters beside float weights that `merge` would write into them?"""
+    try:
+        recipe = parse(resolved)
+        parse(f"{resolved} | merge")
+    except ParetuneError:
+        return False
+    trail = functools.reduce(lambda trail, method: method.follow(trail), itertools.chain(*recipe.phases), Trail())
+    return trail.weights == "float" and any(method.foldable and not method.selects for method in trail.attached)
 
 
 def _cost(made: Run, name: str, unit: str) -> str:

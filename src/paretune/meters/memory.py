@@ -18,6 +18,7 @@ import psutil
 from paretune.errors import MeterError
 from paretune.meters.reading import Reading, missing
 
+UNFINISHED = "the saved model does not work in a fresh process"  # how the reason of a failed peak-memory pass begins
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 

@@ -168,13 +168,20 @@ def command(record: Record) -> str:
 
 def _training(record: Record) -> list[tuple[str, str]]:
     """The flags that give the phases without a schedule of their own the one they had."""
-    pairs = zip(record["recipe"].split(" | "), (record.get("resolved") or record["recipe"]).split(" | "), strict=False)
-    filled = [dict(re.findall(r'(\w+)="?([^,"]+)"?', found[1])) for text, full in pairs
+    phases = _expanded(record["recipe"]).split(" | ")
+    whole = (record.get("resolved") or record["recipe"]).split(" | ")[-len(phases) :]  # a readout may have been put in front
+    filled = [dict(re.findall(r'(\w+)="?([^,"]+)"?', found[1])) for text, full in zip(phases, whole, strict=False)
               if "schedule(" not in text and (found := re.search(r"schedule\((.*?)\)", full))]  # fmt: skip
     usual = {knob["name"]: str(knob["default"]) for knob in registry.describe("schedule").knobs}
     # rates that differ between phases are the methods' own, which need no flag
     alike = {name: values.pop() for name in ("epochs", "lr", "batch", "dtype") if len(values := {phase.get(name) for phase in filled}) == 1}
     return [(name, value) for name, value in alike.items() if value not in (None, usual[name])]
+
+
+def _expanded(recipe: str) -> str:
+    """The recipe with every named recipe as the line that it stands for; a text in quotes is none."""
+    lines = {name: registry.line_of(name) for name in registry.names("recipe")}
+    return re.sub(r'"[^"]*"|[A-Za-z_]\w*', lambda found: lines.get(found[0], found[0]), recipe)
 
 
 def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
