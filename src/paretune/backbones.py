@@ -122,6 +122,8 @@ def load(backbone: Backbone, task: Task | None, *, seed: int = 0, speaks: bool =
     with quiet(), torch.random.fork_rng(devices=[]), _opening(backbone, task):
         torch.manual_seed(seed)
         model = auto.from_pretrained(backbone.source, ignore_mismatched_sizes=not same, **wanted)
+        if task and not same and _brings_head(config, task):
+            _renew_head(model)
     travel(model, read_processor(backbone.source, config))
     return model.float().eval() if model.dtype in (torch.float16, torch.bfloat16) and not _packed(config) else model.eval()
 
@@ -160,12 +162,25 @@ def has_head(backbone: Backbone, task: Task) -> bool:
 
 
 def _has_head(config: dict[str, Any], task: Task) -> bool:
-    head = task.kind.auto_class.removeprefix("AutoModel")  # ForSequenceClassification, ...
-    if head in ("ForCausalLM", "ForSeq2SeqLM"):
+    if task.kind.auto_class in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
         return True
     wanted = task.kind.config(task).get("id2label")
     given = {int(k): v for k, v in (config.get("id2label") or {}).items()}
-    return ((config.get("architectures") or [""])[0].endswith(head) or hub.speaks(config)) and (wanted is None or given == wanted)
+    return (_brings_head(config, task) or hub.speaks(config)) and (wanted is None or given == wanted)
+
+
+def _brings_head(config: dict[str, Any], task: Task) -> bool:
+    head = task.kind.auto_class.removeprefix("AutoModel")  # ForSequenceClassification, ...
+    return (config.get("architectures") or [""])[0].endswith(head)
+
+
+def _renew_head(model: PreTrainedModel) -> None:
+    """The head anew, as for a backbone without one: the checkpoint's own answers other labels."""
+    for name, part in model.named_children():
+        if name != model.base_model_prefix:
+            for loaded in (*part.modules(), *part.parameters()):
+                loaded._is_hf_initialized = False
+            part.apply(model._init_weights)
 
 
 def _packed(config: dict[str, Any]) -> bool:
