@@ -114,7 +114,7 @@ def test_t_few_runs_with_choices_put_first(family, tmp_path):
     rows.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in work.text_task(train=60).train))
     given = paretune.task(rows)
     ((text, plan),) = flow.plan_frontier(given, backbone=str(tmp_path / "backbone"), recipes=["t_few + schedule(epochs=1, batch=8)"], out=tmp_path / "out")
-    assert [type(phase[0]) for phase in plan.recipe.phases] == [Choices, IA3] and text.startswith("ia3 + unlikelihood + length_norm")
+    assert [type(phase[0]) for phase in plan.recipe.phases] == [Choices, IA3] and text == "t_few + schedule(epochs=1.0, batch=8)"
     run = runs.make(plan, text)
     assert [phase["role"] for phase in run.record["phases"]] == ["readout", "training"] and run.cost.trainable_parameters > 0
     assert run.predict(["the film was good"])[0]["label"] in given.labels
