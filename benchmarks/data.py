@@ -22,6 +22,7 @@ TASKS: dict[str, dict[str, Any]] = {  # the file to train on, and the arguments 
     "mrpc": {"file": "train.jsonl.gz", "text": "sentence1,sentence2", "label": "label", "test": "test.jsonl"},
     "rte": {"file": "train.jsonl.gz", "text": "sentence1,sentence2", "label": "label", "test": "validation.jsonl"},
     "stsb": {"file": "train.jsonl.gz", "text": "sentence1,sentence2", "label": "score", "validation": "validation.jsonl", "test": "test.jsonl"},
+    "mpqa": {"file": "train.jsonl", "text": "text", "label": "label", "test": "test.jsonl"},
     "trec6": {"file": "train.jsonl", "text": "text", "label": "label", "test": "test.jsonl"},
     "banking77": {"file": "train.jsonl.gz", "text": "text", "label": "label", "test": "test.jsonl"},
     "books_doyle": {"file": "train.jsonl.gz", "text": "text", "test": "test.jsonl.gz"},
