@@ -48,8 +48,10 @@ def page(table: Table) -> str:
     some = next((cell for mine in found.values() for cell in mine.values()), None)
     about = "Not run."
     if some:
-        sizes = sorted(cell["train"] for cell in found["full"].values())
+        sizes = sorted(cell["train"] for mine in found.values() for cell in mine.values())
         about = f"{sizes[0]:,} to {sizes[-1]:,} training texts a fold, {some['version']}, {some['environment'].get('cpu', 'this machine')}, seed {some['seed']}."
+        made = {f: sorted({mine[f].get("commit", "an earlier one") for mine in found.values() if f in mine}) for f in range(FOLDS)}
+        about += " Made at commit: " + "; ".join(f"fold {f}, {' and '.join(commits)}" for f, commits in made.items() if commits) + "."
     return f"""# Adapters against full fine-tuning on stdlib-topics
 
 Accuracy in percent. Five rotated hash splits, so that every text is tested once; {about}
