@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -124,8 +125,8 @@ class Bench:
         batch = self._batch([by_length[(start + i) % len(by_length)] for i in range(n)])
         return lambda: self._run(batch)
 
-    def throughput(self) -> Reading:
-        """Examples per second at the best batch."""
+    def throughput(self, *, limit_s: float) -> Reading:
+        """Examples per second at the best batch found within about so many seconds."""
         batches: dict[int, Callable[[], None]] = {}
 
         def run(n: int) -> None:
@@ -134,14 +135,14 @@ class Bench:
                 batches[n] = self.many(n)
             batches[n]()
 
-        return throughput.best_throughput(run, largest=128, seconds=0.2)[0]
+        return throughput.best_throughput(run, largest=128, seconds=0.2, limit_s=limit_s)[0]
 
     def flops(self) -> Reading:
-        """FLOPs of an inference: the mean over the deciles of the length."""
+        """FLOPs of an inference: the mean over five lengths, the middles of the fifths."""
         if isinstance(self.model, onnx_files.Runner):
             return missing("FLOP", "FLOPs are not counted in a graph; the run that it was exported from has them")
         by_length = sorted(self.encodings, key=self.task.kind.length)
-        picked = [by_length[round(q * (len(by_length) - 1))] for q in np.linspace(0.05, 0.95, 10)]
+        picked = [by_length[round(q * (len(by_length) - 1))] for q in np.linspace(0.1, 0.9, 5)]
         readings = [flops.forward(lambda b=self._batch([e]): self.model(**b), self.model) for e in picked]
         return sum(readings[1:], readings[0]).times(1 / len(readings), "FLOP")
 
@@ -152,17 +153,19 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def measured(benches: dict[str, Bench], metering: Metering, *, progress: Callable[[int, int], None] | None = None) -> dict[str, dict[str, Any]]:
+def measured(benches: dict[str, Bench], metering: Metering, *, progress: Callable[[str, int, int], None] | None = None) -> dict[str, dict[str, Any]]:
     """What an inference of each model costs, measured in turn: {"readings": {...}, "meter": {...}, "protocol": ...} by name."""
     device = str(next(next(iter(benches.values())).model.parameters()).device)
     plan = protocol.PROTOCOLS[metering.protocol]
     meter = energy.find(metering.power, metering.profile, log=metering.log, device=device, window_s=plan.window_s)
-    timings = protocol.measure({name: bench.one for name, bench in benches.items()}, meter, protocol=plan, progress=progress)
+    tell = progress or (lambda what, done, of: None)
+    timings = protocol.measure({name: bench.one for name, bench in benches.items()}, meter, protocol=plan, progress=functools.partial(tell, "inference"))
     found = {}
-    for name, bench in benches.items():
-        readings = {**timings[name].readings(), "throughput_per_s": bench.throughput(), "flops_per_inference": bench.flops()}
+    for i, (name, bench) in enumerate(benches.items()):
+        rest = {"throughput_per_s": bench.throughput(limit_s=plan.search_s), "flops_per_inference": bench.flops()}
+        tell("throughput", i + 1, len(benches))
         about = {**timings[name].meter, "aa_wall": timings[name].aa_wall, "aa_cpu": timings[name].aa_cpu, "windows_note": timings[name].note}
-        found[name] = {"readings": readings, "meter": about, "protocol": plan.name}
+        found[name] = {"readings": {**timings[name].readings(), **rest}, "meter": about, "protocol": plan.name}
     return found
 
 

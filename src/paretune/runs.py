@@ -99,12 +99,14 @@ def measure(runs: Sequence[Run], task: Any, *, options: Options, progress: Calla
     """Measures the inference of runs, interleaved, and writes it into their run.json. Runs of one recipe share one measurement."""
     first = {run.recipe: run for run in reversed(runs)}
     benches = {recipe: Bench(_open(run, task, options), task) for recipe, run in first.items()}
-    found = inference.measured(benches, options.metering, progress=(lambda i, n: progress("inference", i, n)) if progress else None)
+    found = inference.measured(benches, options.metering, progress=progress)
     benches.clear()
     plain = {recipe: run for recipe, run in first.items() if store.read_json(run.folder / "sample.json")}
     if progress:
-        progress("memory", 0, 1)
+        progress("memory", 0, len(plain))
     peaks = dict(zip(plain, inference.peak_memory([run.folder for run in plain.values()]), strict=True))
+    if progress:
+        progress("memory", len(plain), len(plain))
     for recipe, peak in peaks.items():
         if peak.value is None and options.report:
             options.report({"said": f"warning: {recipe}: {peak.reason}"})

@@ -28,7 +28,7 @@ def demo() -> list[str]:
 def test_the_demo_draws_the_frontier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(protocol.PROTOCOLS, "quick", dataclasses.replace(protocol.QUICK, window_s=0.2, window_n=20, idle_s=0.05))
     most = throughput.best_throughput
-    monkeypatch.setattr(throughput, "best_throughput", lambda run, largest, seconds: most(run, largest=2, seconds=0.05))
+    monkeypatch.setattr(throughput, "best_throughput", lambda run, largest, seconds, limit_s: most(run, largest=2, seconds=0.05))
     whole = tasks.task
     few = lambda *given, **stated: _cut(whole(*given, **stated))  # noqa: E731
     monkeypatch.setattr(tasks, "task", few)

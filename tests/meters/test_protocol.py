@@ -171,6 +171,10 @@ def test_throughput_finds_the_best_batch(device: Device) -> None:
 
     assert best_throughput(full, seconds=0.1)[1] == 2
 
+    tried.clear()
+    best_throughput(run, seconds=0.1, limit_s=0.0)
+    assert max(tried) == 8  # a slow model is not kept waiting for ever larger batches
+
 
 def test_clock_counts_this_process_and_finished_children() -> None:
     start = clock.now()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import types
 
 import pytest
 import tiny
@@ -13,6 +15,7 @@ from paretune.options import Options, Training
 from paretune.recipe import as_recipe
 
 STEP, FORWARD, EPOCHS = 100.0, 1.0, 2  # seconds per example
+TIMING = 7.0  # seconds that finding this out takes
 
 
 @pytest.fixture
@@ -25,6 +28,8 @@ def allot(tmp_path, monkeypatch):
         return FORWARD
 
     monkeypatch.setattr(allotment, "_forward_s", forward)
+    clock = itertools.count(0.0, TIMING)
+    monkeypatch.setattr(allotment, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     for family in ("bert", "gpt2"):
         tiny.model(family, "base").save_pretrained(tmp_path / family)
         tiny.tokenizer().save_pretrained(tmp_path / family)
@@ -51,4 +56,4 @@ def test_an_answer_of_a_readout_alone_takes_its_time(allot):
     found, other = allot("choices", "gpt2"), allot("in_context(shots=1)", "gpt2")
     rows = 12  # validation and test
     assert found == other and found.seconds_per_example == 0.0 and found.max_train == 96
-    assert found.fixed_s == allotment.PER_RUN_S + rows * FORWARD
+    assert found.fixed_s == allotment.PER_RUN_S + rows * FORWARD + TIMING

@@ -29,13 +29,15 @@ class Protocol:
     window_s: float
     window_n: int
     windows: int
+    warm_s: float  # warming up ends after so many seconds, steady or not
+    search_s: float  # the search for the best batch begins no larger one after so many seconds
     idle_s: float
     idle_each: bool  # idle power read around every window, else before the first and after the last
     shuffled: bool  # a random order each round, else there and back
 
 
-QUICK = Protocol("quick", window_s=2.0, window_n=200, windows=3, idle_s=2.0, idle_each=False, shuffled=False)
-FULL = Protocol("full", window_s=60.0, window_n=1000, windows=5, idle_s=30.0, idle_each=True, shuffled=True)
+QUICK = Protocol("quick", window_s=2.0, window_n=200, windows=3, warm_s=2.0, search_s=3.0, idle_s=2.0, idle_each=False, shuffled=False)
+FULL = Protocol("full", window_s=60.0, window_n=1000, windows=5, warm_s=5.0, search_s=math.inf, idle_s=30.0, idle_each=True, shuffled=True)
 PROTOCOLS = {protocol.name: protocol for protocol in (QUICK, FULL)}
 
 
@@ -107,7 +109,7 @@ def measure(
         raise MeterError("there is no model to measure: give one at least")
     meter = meter or NoMeter("no energy meter was asked for")
     for call in models.values():
-        warm(call)
+        warm(call, limit_s=protocol.warm_s)
     aa_wall, aa_cpu = same_against_same(next(iter(models.values())))
     windows, idles = _take(models, meter, protocol, seed, progress)
     meter.settle(meter.now())

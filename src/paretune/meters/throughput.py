@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,24 +12,30 @@ import torch
 
 from paretune.meters.reading import Reading, missing, spread
 
+ALWAYS = 8  # the batch sizes up to this one are tried however slow the model is
 
-def best_throughput(run: Callable[[int], Any], *, largest: int = 256, seconds: float = 0.5, gain: float = 0.03) -> tuple[Reading, int]:
+
+def best_throughput(
+    run: Callable[[int], Any], *, largest: int = 256, seconds: float = 0.5, gain: float = 0.03, limit_s: float = math.inf
+) -> tuple[Reading, int]:
     """The best throughput over batch sizes 1, 2, 4, ..., and the batch size that has it.
 
-    The search ends when two sizes in a row are no better than the best before them by `gain`, or memory is full.
+    The search ends when two sizes in a row are no better than the best before them by `gain`, when memory is full, or, from `ALWAYS` on,
+    after `limit_s`.
 
     Args:
         run: runs one batch of that many examples and returns when it is done.
         largest: the largest size tried.
         seconds: time spent on each size, three runs at least.
         gain: the relative gain that counts as better.
+        limit_s: no further size is begun after so many seconds.
 
     Returns:
         Examples per second with its interval, and the batch size; None and 0 when not even one example fits.
     """
     best, at, poorer = missing("1/s", "one example did not fit in memory"), 0, 0
-    size = 1
-    while size <= largest and poorer < 2:
+    size, until = 1, time.perf_counter() + limit_s
+    while size <= largest and poorer < 2 and (size <= ALWAYS or time.perf_counter() < until):
         try:
             rates = _rates(run, size, seconds)
         except (MemoryError, torch.OutOfMemoryError):
