@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from paretune import anatomy, surgery
 from paretune.anatomy import Site
-from paretune.errors import Incompatible, one_of
+from paretune.errors import Incompatible, all_of, one_of
 from paretune.methods.adapters.lora import LoRA, LowRank
 from paretune.seams import CHILD, Selected
 
@@ -176,10 +176,10 @@ def _refuse_unlike(first: str, other: str, changes: dict[str, _Change]) -> None:
 
 def _refuse_other_backbone(model: nn.Module, tuned: nn.Module) -> None:
     if surgery.state(tuned).adapters:
-        raise Incompatible(f"extract: the checkpoint has adapters on it, {one_of(surgery.state(tuned).adapters)}; merge them first")
+        raise Incompatible(f"extract: the checkpoint has adapters on it, {all_of(surgery.state(tuned).adapters)}; merge them first")
     ours = {n: tuple(p.shape) for n, p in model.named_parameters() if CHILD not in n.split(".")}
     theirs = {n: tuple(p.shape) for n, p in tuned.named_parameters()}
     other = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
     if other:
         said = [f"{n} ({ours.get(n, 'absent')} and {theirs.get(n, 'absent')})" for n in other[:3]]
-        raise Incompatible(f"extract: the checkpoint is of another backbone, {len(other)} parameters differ in shape: {one_of(said)}")
+        raise Incompatible(f"extract: the checkpoint is of another backbone, {len(other)} parameters differ in shape: {all_of(said)}")

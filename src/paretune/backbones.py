@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from paretune import hub, surgery
-from paretune.errors import BackboneError
+from paretune.errors import BackboneError, did_you_mean
 from paretune.tasks import Task
 from paretune.tasks.kinds import kind_class
 
@@ -100,8 +100,8 @@ def _on_hub(name: str) -> Backbone:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(
-            f"backbone {name!r}: no short name ({', '.join(PACKAGED)}), no folder, and the hub did not give it ({reason}); "
-            "give a folder that save_pretrained wrote, or a hub id while online"
+            f"backbone {name!r} is no short name ({', '.join(PACKAGED)}) and no folder{did_you_mean(name, PACKAGED)}; give a folder that save_pretrained "
+            f"wrote, or a hub id while online (the hub did not give it: {reason})"
         ) from None
     return Backbone(name, str(folder), folder.name, _hash(_weight_files(folder)), _license(folder))
 

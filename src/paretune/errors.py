@@ -53,12 +53,21 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
 
 
 def one_of(names: Iterable[str]) -> str:
-    """`a, b or c`: a list of names as a person would say it."""
-    names = list(names)
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" or {names[-1]}" if names else "nothing"
+    """`a, b or c`: names to choose from as a person would say them."""
+    return _listed(names, "or")
+
+
+def all_of(names: Iterable[str]) -> str:
+    """`a, b and c`: what there is as a person would say it."""
+    return _listed(names, "and")
+
+
+def _listed(names: Iterable[str], word: str) -> str:
+    *most, last = list(names) or ["nothing"]
+    return f"{', '.join(most)} {word} {last}" if most else last
 
 
 def unknown(thing: str, given: str, *, allowed: Iterable[str]) -> str:
     """One sentence for a name that is not among the allowed ones."""
     allowed = list(allowed)
-    return f"{thing} {given!r} is not known{did_you_mean(given, allowed)}; there are {one_of(allowed)}"
+    return f"{thing} {given!r} is not known{did_you_mean(given, allowed)}; there are {all_of(allowed)}"

@@ -92,14 +92,13 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise StoreError(f"{path} is not there{did_you_mean(path.parent.name, _neighbors(path))}") from None
+        raise StoreError(f"{path} is not there") from None
     except (OSError, json.JSONDecodeError) as error:
         raise StoreError(f"{path} is damaged ({error}); delete its folder and run again with --resume") from None
 
 
-def _neighbors(path: Path) -> list[str]:
-    folder = path.parent.parent
-    return [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+def _neighbors(folder: Path) -> list[str]:
+    return [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
 
 
 def require_space(folder: Path, megabytes: float) -> None:
@@ -145,6 +144,9 @@ class Run:
             StoreError: where there is none, or a damaged one.
         """
         folder = Path(folder)
+        if not (folder / "run.json").is_file():
+            near = did_you_mean(folder.name, _neighbors(folder))
+            raise StoreError(f"{folder} is not the folder of a finished run{near}; give one that `paretune run` or `frontier` wrote, as out/runs/<id>")
         return cls(folder, read_json(folder / "run.json"))
 
     @property

@@ -64,7 +64,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def _measure_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     itself, most = protocol.same_against_same, throughput.best_throughput
     monkeypatch.setitem(protocol.PROTOCOLS, "quick", dataclasses.replace(protocol.QUICK, window_s=0.05, window_n=10, idle_s=0.02))
-    monkeypatch.setattr(protocol, "warm", lambda call: call())
+    monkeypatch.setattr(protocol, "warm", lambda call, limit_s: call())
     monkeypatch.setattr(protocol, "same_against_same", lambda call: itself(call, pairs=2, block_s=0.005))
     monkeypatch.setattr(throughput, "best_throughput", lambda run, largest, seconds, limit_s: most(run, largest=2, seconds=seconds / 30))
     monkeypatch.setattr(inference, "peak_memory", lambda folders: [Reading(12.0, "MB")] * len(folders))  # starts processes

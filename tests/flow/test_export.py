@@ -128,7 +128,7 @@ def test_nothing_is_overwritten(place: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_formats_are_named(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(Incompatible, match=r"'pefd' is not known \(did you mean peft\?\); there are hf, peft or onnx"):
+    with pytest.raises(Incompatible, match=r"'pefd' is not known \(did you mean peft\?\); there are hf, peft and onnx"):
         exports.write(finished(place, "lora(r=2)"), tmp_path / "export", to="pefd")
     with pytest.raises(StoreError, match="holds no model"):
         exports.write(store.Run(tmp_path, {}), tmp_path / "export")

@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setitem(protocol.PROTOCOLS, "quick", short)
         patch.setattr(inference, "peak_memory", lambda folders: [Reading(1.0, "MB") for _ in folders])
         patch.setattr("paretune.meters.protocol.same_against_same", lambda call: (0.0, 0.0))
-        patch.setattr("paretune.meters.protocol.warm", lambda call: 0)
+        patch.setattr("paretune.meters.protocol.warm", lambda call, limit_s: 0)
         patch.setattr("paretune.training.Settings.checkpoint_every_s", 0.0)
         yield folder
 

@@ -128,7 +128,7 @@ def test_the_picture_has_a_bar_for_each_block(tmp_path):
 
 @pytest.mark.parametrize(
     "method, words",
-    [(Surgical(), "is decided on examples"), (Surgical(blocks="2"), "block '2' is not known"), (Surgical(blocks=" "), "there are embeddings, 0 or 1")],
+    [(Surgical(), "is decided on examples"), (Surgical(blocks="2"), "block '2' is not known"), (Surgical(blocks=" "), "there are embeddings, 0 and 1")],
 )
 def test_what_cannot_be_chosen(method, words):
     with pytest.raises(Incompatible, match=words):

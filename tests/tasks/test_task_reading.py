@@ -31,7 +31,7 @@ HOSTILE = {
     "NUL": ("text,label\n" + GOOD + "\0\0\0,a\n", ["row 42", "'text'", "NUL"]),
     "latin1": ("text,label\nfine,a\n".encode() + "caf\xe9,b\n".encode("latin1"), ["row 3", "byte 21 ", "0xe9", "UTF-8"]),
     "utf-16": ("text,label\nfine,a\n".encode("utf-16"), ["row 1", "byte 0 ", "UTF-8"]),
-    "no such label": ("text,lable\n" + GOOD, ["no column 'label'", "did you mean lable?", "text or lable"]),
+    "no such label": ("text,lable\n" + GOOD, ["no column 'label'", "did you mean lable?", "text and lable"]),
     "duplicate columns": ("text,label,label\nx,a,b\n", ["row 1", "'label'", "2 times"]),
     "too many cells": ("text,label\nx,a\ny,b,c\n" + GOOD, ["row 3", "3 cells", "2 columns"]),
     "too few cells": ("text,label\nx\n" + GOOD, ["row 2", "1 cells", "2 columns"]),

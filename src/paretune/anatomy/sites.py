@@ -18,7 +18,7 @@ from torch import nn
 
 from paretune.anatomy.families import FAMILIES, Block, Part, Place
 from paretune.anatomy.structure import LayerRef, family, is_linear, is_transposed, model_type, modules_of, stacks_of
-from paretune.errors import Incompatible, TargetError, did_you_mean, one_of
+from paretune.errors import Incompatible, TargetError, all_of, did_you_mean
 
 GROUPS = {
     "qkv": ("query", "key", "value"),
@@ -195,4 +195,4 @@ def _hits_nothing(model: nn.Module, word: str, known: list[Site], kind: str | No
     near = did_you_mean(word, dict.fromkeys([*here, *groups, *ends, *paths]))
     what = f"no {'linear map' if kind == 'linear' else kind}" if kind else "nothing"
     example = f", and module paths such as {paths[0]}" if paths else ""
-    return f"target {word!r} hits {what} in {type(model).__name__}{near}; there are {one_of([*here, *groups])}{example}"
+    return f"target {word!r} hits {what} in {type(model).__name__}{near}; there are {all_of([*here, *groups])}{example}"

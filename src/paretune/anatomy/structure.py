@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from paretune.anatomy.families import FAMILIES, Family, Stack
-from paretune.errors import Incompatible, did_you_mean, one_of
+from paretune.errors import Incompatible, all_of, did_you_mean, one_of
 
 OURS = "paretune"  # child modules of this name are adapters, not anatomy
 
@@ -42,7 +42,7 @@ def family(model: nn.Module) -> Family:
     kind = model_type(model)
     if kind not in FAMILIES:
         raise Incompatible(
-            f"model type {kind!r} is not described{did_you_mean(kind, FAMILIES)}; there are {one_of(sorted(FAMILIES))}; "
+            f"model type {kind!r} is not described{did_you_mean(kind, FAMILIES)}; there are {all_of(sorted(FAMILIES))}; "
             "describe a new one with paretune.anatomy.register(model_type, Family(...)), or give targets as module paths"
         )
     return FAMILIES[kind]

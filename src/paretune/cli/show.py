@@ -40,7 +40,8 @@ def run(made: Run) -> None:
         if quantity.name in cost:
             rows.append((quantity.label, _cost(made, quantity.name, quantity.unit)))
     meter = cost["meter"].get("source") or f"none: {cost['reasons']['energy_per_inference_j']}"
-    rows += [("energy meter", meter), ("opens with", record["loads_with"]), ("folder", str(made.folder))]
+    disturbed = cost["meter"].get("windows_note")
+    rows += [("energy meter", meter), *([("disturbed", disturbed)] if disturbed else []), ("opens with", record["loads_with"]), ("folder", str(made.folder))]
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         click.echo(f"{label:<{width}}  {text}")

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from paretune import anatomy, store, surgery
-from paretune.errors import Incompatible, StoreError, did_you_mean, one_of
+from paretune.errors import Incompatible, StoreError, all_of, did_you_mean, one_of
 from paretune.peft_format import bare, files, linear, own, prompts
 from paretune.peft_format.files import CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, Piece
 
@@ -111,7 +111,7 @@ def read_peft(model: nn.Module, source: str | Path, *, name: str = "default", al
     if kind == own.TYPE:
         return own.read(model, source, config=config, tensors=tensors, name=name)
     if kind not in _READERS:
-        raise Incompatible(f"{source} holds {kind}, which cannot be read{did_you_mean(kind, _READERS)}; {one_of([*_READERS, own.TYPE])} can")
+        raise Incompatible(f"{source} holds {kind}, which cannot be read{did_you_mean(kind, _READERS)}; {all_of([*_READERS, own.TYPE])} can")
     prefix, heads = files.head_prefix(kind), files.saved(config, model)
     pieces, biases = _READERS[kind](config, model, source=source)
     whole = heads | {n: model.get_parameter(n) for n in biases.values()}

@@ -287,7 +287,7 @@
     const add = (name, text, note) => table.append(make("tr", {}, make("td", {}, name), make("td", {}, text), make("td", {}, note)));
     add("E", show(book.e_flops, "FLOP"), "training FLOPs per example seen, mean");
     add("D", show(book.d_examples), "examples seen in a training (examples × epochs), mean");
-    add("H", String(book.h_trainings), `trainings, every seed its own, among ${book.phases} phases of ${book.runs} runs`);
+    add("H", String(book.h_trainings), `training${book.h_trainings === 1 ? "" : "s"}, every seed its own, among ${book.phases} phases of ${book.runs} runs`);
     add("E · D · H", show(book.edh_flops, "FLOP"), "all training FLOPs, shared phases counted once");
     const words = { train_flops: "training FLOPs", train_s: "training time", train_cpu_s: "training CPU time", train_energy_j: "training energy" };
     for (const [name, label] of Object.entries(words)) {

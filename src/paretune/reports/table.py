@@ -93,7 +93,7 @@ def show_all(front: Front, budgets: Sequence[Budget] = (), *, console: Console |
     console.print(points(front, x, narrow=console.width < 110))
     book = front.ledger
     sums = ((book.edh_flops, "FLOP"), (book.spent["train_s"], "s"), (book.spent["train_energy_j"], "J"))
-    spent = ", ".join([f"{book.h_trainings} trainings", *(show(value, unit) for value, unit in sums if value is not None)])
+    spent = ", ".join([f"{book.h_trainings} training{'s' * (book.h_trainings != 1)}", *(show(value, unit) for value, unit in sums if value is not None)])
     console.print(Text(f"● not beaten in {front.metric} and {records.named(x).label}. The whole search: {spent}.\nenergy: {words.energy(front)}"))
     chosen = "validation" if chosen_on([p.summary for p in front.all]) == "validation_score" else "test"
     for answer in answers(front, budgets):

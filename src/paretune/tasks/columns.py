@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from paretune.errors import DataError, did_you_mean, one_of
+from paretune.errors import DataError, all_of, did_you_mean, one_of
 from paretune.tasks.kinds import Bad, Kind, kind_class
 from paretune.tasks.kinds.base import missing
 from paretune.tasks.reading import Table, short
@@ -54,7 +54,7 @@ def assign(table: Table, *, text: str, label: str | None, kind: str | None) -> t
         notes = [f"kind {kind}: {why}; another kind can be stated with kind=..."]
     made = kind_class(kind)()
     if made.needs_label and not outputs:
-        raise DataError(f"a {kind} task needs a label column; {table.name} has {one_of(table.columns)}")
+        raise DataError(f"a {kind} task needs a label column; {table.name} has {all_of(table.columns)}")
     if len(outputs) > 1 and kind != "multilabel":
         raise DataError(f"a {kind} task has one label column, not {len(outputs)}: {label}{did_you_mean(label or '', table.columns)}")
     return made, _roles(made, inputs, outputs, table), notes

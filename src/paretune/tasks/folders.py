@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paretune.errors import DataError, one_of
+from paretune.errors import DataError, all_of, one_of
 from paretune.tasks import reading
 from paretune.tasks.reading import Table
 
@@ -91,7 +91,7 @@ def _tables(data: Any, name: str) -> dict[str, Table]:
         data = {"train": data}
     tables = {SPLIT_NAMES[split.lower()]: _table(part, name) for split, part in data.items() if split.lower() in SPLIT_NAMES}
     if not tables:
-        raise DataError(f"{name} has the splits {one_of(data)}, none of them train, validation or test")
+        raise DataError(f"{name} has the splits {all_of(data)}, none of them train, validation or test")
     test = tables.get("test")
     if test and "label" in test.columns and all(row["label"] in (-1, None) for row in test.rows):
         del tables["test"]

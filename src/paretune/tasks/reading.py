@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from paretune.errors import DataError, did_you_mean, one_of
+from paretune.errors import DataError, all_of, did_you_mean
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 Numbered = tuple[int, dict[str, Any]]
@@ -49,7 +49,7 @@ def require(column: str, role: str, *, columns: Sequence[str], name: str) -> Non
         DataError: with the nearest name and all of them.
     """
     if column not in columns:
-        raise DataError(f"{name} has no column {column!r} for the {role}{did_you_mean(column, columns)}; its columns are {one_of(columns)}")
+        raise DataError(f"{name} has no column {column!r} for the {role}{did_you_mean(column, columns)}; its columns are {all_of(columns)}")
 
 
 def read(path: str | Path) -> Table:
@@ -102,7 +102,7 @@ def kind_of(path: Path) -> str:
     """
     suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(f"{path.name}: files end in {one_of(SUFFIXES)} (also with .gz), not {suffix or 'nothing'!r}")
+        raise DataError(f"{path.name}: files end in {all_of(SUFFIXES)} (also with .gz), not {suffix or 'nothing'!r}")
     return suffix
 
 

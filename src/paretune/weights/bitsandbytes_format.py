@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from paretune import hub, surgery
-from paretune.errors import Incompatible, one_of
+from paretune.errors import Incompatible, all_of
 from paretune.methods.transforms.nf4 import NESTED, NF4
 from paretune.weights.numerics import dynamic_float, normal_float
 from paretune.weights.packed import PackedLinear
@@ -35,7 +35,7 @@ def read(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     """
     paths = [name.removesuffix(f".{STATE}") for name in tensors if name.endswith(f".{STATE}")]
     if not paths:
-        raise Incompatible(f"bitsandbytes: no tensor is named ....{STATE}, so nothing in it is NF4; there are {one_of(list(tensors)[:4])}")
+        raise Incompatible(f"bitsandbytes: no tensor is named ....{STATE}, so nothing in it is NF4; there are {all_of(list(tensors)[:4])}")
     for path in paths:
         surgery.replace(model, path, new=_module(path, model.get_submodule(path), {n: tensors[k] for n in _NAMES if (k := f"{path}.{n}") in tensors}))
     surgery.freeze(model)
