@@ -4,13 +4,15 @@
     parallel     y ← y + s · U σ(D x)            beside the feed-forward, x its input
     lin          y ← y + s · U σ(D LN(y))        after a whole layer, with a layer norm of its own
 
-D (m, d) and U (d, m) have biases; U starts at zero. Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020,
-arXiv:2005.00247; parallel: He et al. 2021, arXiv:2110.04366, equations 4 and 8; lin: Lin et al. 2020, arXiv:2004.03829.
+D (m, d) and U (d, m) have biases; U starts at zero and D uniform in ±1/√d, as in LoRA. Houlsby et al. 2019, arXiv:1902.00751;
+Pfeiffer et al. 2020, arXiv:2005.00247; parallel: He et al. 2021, arXiv:2110.04366, equations 4 and 8; lin: Lin et al. 2020,
+arXiv:2004.03829.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +77,7 @@ class Bottleneck(Patch):
         self.scale, self.sigma, self.parallel = knobs.scale, ACTIVATIONS[knobs.activation], knobs.form == "parallel"
         self.down = nn.Linear(site.in_features, knobs.bottleneck)
         self.up = nn.Linear(knobs.bottleneck, site.out_features)
-        nn.init.normal_(self.down.weight, std=0.01)
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
         if knobs.form == "lin":

@@ -43,7 +43,7 @@ class DoRA(Adapter):
 
     r: int = knob(8, "rank of the update", low=1, search="2..64 log")
     alpha: float | None = knob(None, "scale of the update, divided by r; None is 2r", low=0.0)
-    targets: str | tuple[str, ...] = knob("attention", "which linear maps: places or module paths", search="query value, attention, ffn, linear")
+    targets: str | tuple[str, ...] = knob("linear", "which linear maps: places or module paths", search="query value, attention, ffn, linear")
 
     def sites(self, model: nn.Module) -> list[Site]:
         return anatomy.resolve(model, self.targets, kind="linear")

@@ -37,14 +37,15 @@ class LoRA(Adapter):
         why="No gradient of a frozen weight is computed and no optimizer state kept for it; merged, inference costs nothing more.",
         lr=3e-3,
         exact_at_start=True,
-        note="alpha defaults to 2r; the paper sets alpha to the first r tried and keeps it.",
+        note="alpha defaults to 2r; the paper sets alpha to the first r tried and keeps it. It adapts attention alone; all linear maps are the default here, "
+        "because adapters on attention alone stay behind full fine-tuning (Dettmers et al. 2023, arXiv:2305.14314, figure 2; docs/folds.md).",
     )
     additive = True
 
     r: int = knob(8, "rank of the update", low=1, search="2..64 log")
     alpha: float | None = knob(None, "scale of the update, divided by r; None is 2r", low=0.0)
     dropout: float = knob(0.0, "share of the inputs of A set to zero in training", low=0.0, high=1.0)
-    targets: str | tuple[str, ...] = knob("attention", "which linear maps: places or module paths", search="query value, attention, ffn, linear")
+    targets: str | tuple[str, ...] = knob("linear", "which linear maps: places or module paths", search="query value, attention, ffn, linear")
     rank_stabilized: bool = knob(False, "scale by alpha / √r instead of alpha / r")
     gate: bool = knob(False, "a trained gate σ(w·x + b) for each map and token, as UniPELT has it")
 
