@@ -92,16 +92,6 @@ def _visits(total: int) -> Callable[[Task], float]:
     return lambda task: float(min(30, max(3, round(total / len(task.train)))))
 
 
-def _rates(recipe: str, *rates: float) -> tuple[str, ...]:
-    return tuple(f"{recipe} + schedule(lr={rate:g})" for rate in rates)
-
-
-def _validated(name: str, *sizes: int) -> dict[str, Callable[[int], Task]]:
-    """For choices, which are made on validation: it is large, and of the test rows a few stand in."""
-    return {f"{name}, {n} texts": lambda seed, n=n: data.task(name, train=n, validation=600, test=50, seed=seed) for n in sizes}
-
-
-_CHOSEN_ON = _validated("sst2", 400) | _validated("trec6", 400) | _validated("banking77", 800, 3000)
 _SPOKEN = {"BLEU": ("bleu", 100.0), "NIST": ("nist", 1.0), "ROUGE-L": ("rouge_l", 100.0), "chrF": ("chrf", 100.0)}  # heading -> metric, times
 _CAUSAL = ("full", "lora(r=8)", "adapter", "prefix", "bitfit")
 
@@ -120,7 +110,7 @@ GRIDS = {
     "lora-ranks": Grid(
         title="Ranks and places of LoRA",
         about="Accuracy in percent on 500 test texts; 800 training texts, 3 epochs (Hu et al. 2021, tables 5 and 6, ask the same of GPT-3).",
-        recipes=tuple(f'lora(r={r}, targets="{places}")' for places in ("query", "query value", "attention") for r in (1, 2, 4, 8, 64)),
+        recipes=tuple(f'lora(r={r}, targets="{places}")' for places in ("query", "query value", "attention", "linear") for r in (1, 2, 4, 8, 64)),
         columns=_little("sst2", 800) | _little("trec6", 800),
     ),
     "prompts": Grid(
@@ -128,15 +118,6 @@ GRIDS = {
         about="Accuracy in percent on 500 test texts of SST-2; 800 training texts, 6 epochs (Lester et al. 2021, figure 3).",
         recipes=tuple(f'prompt(init="{start}", length={n})' for start in ("random", "vocabulary", "classes") for n in (1, 5, 20, 50)),
         columns=_little("sst2", 800), epochs=lambda task: 6.0,
-    ),
-    "rates": Grid(
-        title="The learning rates on the cards",
-        about="Accuracy in percent on 600 validation texts after 3 epochs. The rates on the cards are chosen here; test rows are not looked at.",
-        recipes=(*_rates("full", 5e-5, 1e-4, 2e-4, 4e-4), *_rates("lora(r=8)", 1e-3, 2e-3, 3e-3, 6e-3),
-                 *_rates('lora(r=8, targets="linear")', 1e-3, 2e-3, 3e-3, 6e-3), *_rates("adapter", 5e-4, 1e-3, 2e-3, 4e-3),
-                 *_rates("top_layers(k=2)", 1e-4, 2e-4, 4e-4, 8e-4), *_rates("bitfit", 1e-3, 2.5e-3, 5e-3, 1e-2),
-                 *_rates("head", 2.5e-3, 5e-3, 1e-2, 2e-2), *_rates("ia3", 5e-3, 1e-2, 2e-2, 4e-2)),
-        columns=_CHOSEN_ON, seeds=(0,), fields=dict.fromkeys(_CHOSEN_ON, ("validation_score",)),
     ),
     "causal": Grid(
         title="A causal model adapted to one author and to data-to-text",

@@ -2,7 +2,7 @@
 
     python -m benchmarks.step [--examples 160] [--rounds 3]
 
-LoRA on stdlib-topics, one epoch. Each variant trains in a fresh process; they take turns, and one runs twice as the A/A control.
+LoRA of the attention's maps on stdlib-topics, one epoch. Each variant trains in a fresh process; they take turns, and one runs twice as the A/A control.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def one(cut: bool, *, examples: int) -> dict[str, Any]:
 
     if not cut:
         batches.CACHED = 10**9
-    made = data.one_run("lora", pt.task("stdlib-topics").subset(examples), epochs=1)
+    made = data.one_run('lora(targets="attention")', pt.task("stdlib-topics").subset(examples), epochs=1)
     return {k: made[k] for k in ("train_s", "train_cpu_s", "train_peak_mb", "score")} | {
         "cpu": made["environment"].get("cpu"), "dtype": made["phases"][0]["dtype"]}  # fmt: skip
 
@@ -63,8 +63,9 @@ def page(found: dict[str, Any]) -> str:
     some = rounds[0]["as it is"]
     return f"""# What cut batches save on a CPU
 
-LoRA on {found["examples"]} texts of stdlib-topics, one epoch with its validation pass and the probe before it, {some["dtype"]}, on {some["cpu"]}. Medians of
-{len(rounds)} rounds, a fresh process each, in turn; the ratios are to `as it is` of the same round, with their range. `as it is, again` is the A/A control.
+LoRA of the attention's maps on {found["examples"]} texts of stdlib-topics, one epoch with its validation pass and the probe before it, {some["dtype"]}, on
+{some["cpu"]}. Medians of {len(rounds)} rounds, a fresh process each, in turn; the ratios are to `as it is` of the same round, with their range.
+`as it is, again` is the A/A control.
 
 {cells.markdown(["variant", "train CPU s", "CPU time, ratio", "wall time, ratio", "peak memory MB"], (_row(name, rounds) for name in VARIANTS))}
 
