@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import cells
 from benchmarks.cells import Cell, Table
 
-RECIPES = ("full", "lora(r=8)", "adapter", "head")
+RECIPES = ("full", "lora(r=8)", 'lora(r=8, targets="attention")', "adapter", "head")
 FOLDS = 5
 
 
