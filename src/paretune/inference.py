@@ -165,6 +165,7 @@ def measured(benches: dict[str, Bench], metering: Metering, *, progress: Callabl
         rest = {"throughput_per_s": bench.throughput(limit_s=plan.search_s), "flops_per_inference": bench.flops()}
         tell("throughput", i + 1, len(benches))
         about = {**timings[name].meter, "aa_wall": timings[name].aa_wall, "aa_cpu": timings[name].aa_cpu, "windows_note": timings[name].note}
+        about |= {"assumed": True} if metering.assumed else {}
         found[name] = {"readings": {**timings[name].readings(), **rest}, "meter": about, "protocol": plan.name}
     return found
 

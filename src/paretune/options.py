@@ -35,6 +35,7 @@ class Metering:
     power: str | None = None  # a stated power, as in "idle=2W,busy=6W"
     profile: str | None = None  # a power profile by name or file
     log: str | None = None  # CSV log of an external meter
+    assumed: bool = False  # the profile was stated by nobody, so that no rate may rest on its idle power
 
 
 @dataclasses.dataclass(frozen=True)

@@ -267,6 +267,7 @@ def test_report_draws_again_from_the_run_files(results, tmp_path):
     assert said.out.replace(str(copy), str(out)).splitlines()[:-1] == first.out.splitlines()[:-1]
     other = paretune("report", copy, "--battery", "30Wh", "--under", "train_s=1000")
     assert re.search("30 ?Wh battery", other.out) and "under train_s <= 1000: full" in other.out
+    assert "saturated" in paretune("report", copy, "--rate", "1/s").out  # nobody stated the idle power that a rate rests on
 
 
 def test_measure_replaces_what_was_measured(results, tmp_path):

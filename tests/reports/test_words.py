@@ -46,6 +46,17 @@ def test_estimates_say_so_on_their_axis_and_only_there() -> None:
     assert "estimated" not in words.label(estimated, "latency_p50_ms") and words.label(estimated, "latency_p50_ms").endswith("(ms)")
     assert "estimated" not in words.label(measured, "inferences_per_charge")
     assert "factor between 0.33 and 3" in words.energy(estimated) and "factor" not in words.energy(measured)
+    assert "factor between 0.33 and 3" in words.band(estimated) and words.band(measured) == ""
+
+
+def test_what_a_phase_found_is_said() -> None:
+    facts = {"changed_test_token_share": 0.0688}
+    many = {f"layer_{i}_outlier_share": i / 100 for i in range(5)}
+    phases = [{"spelling": "lora(r=8)"}, {"spelling": "vocabulary(keep=1)", "facts": facts}, {"spelling": "llm_int8", "facts": many}]
+    assert words.found({"phases": phases}) == [
+        ("vocabulary", "changed test token share 0.0688"),
+        ("llm_int8", "layer 0 outlier share 0, layer 1 outlier share 0.01, layer 2 outlier share 0.02, and 2 more in run.json"),
+    ]
 
 
 def test_the_title_names_battery_and_rate() -> None:

@@ -101,4 +101,4 @@ def _with_power(metering: Metering, compute: Compute, budgets: Budgets) -> tuple
     say(f"no energy meter here: joules are estimated with the power profile {ASSUMED!r}, an assumption; state your own with --power idle=2W,busy=6W")
     if budgets.rate:
         say(f"--rate {budgets.rate} needs a stated idle power: the curve is for one inference after the other")
-    return dataclasses.replace(metering, profile=ASSUMED), dataclasses.replace(budgets, rate=None)
+    return dataclasses.replace(metering, profile=ASSUMED, assumed=True), dataclasses.replace(budgets, rate=None)

@@ -40,8 +40,8 @@ def run(made: Run) -> None:
         if quantity.name in cost:
             rows.append((quantity.label, _cost(made, quantity.name, quantity.unit)))
     meter = cost["meter"].get("source") or f"none: {cost['reasons']['energy_per_inference_j']}"
-    disturbed = cost["meter"].get("windows_note")
-    rows += [("energy meter", meter), *([("disturbed", disturbed)] if disturbed else []), ("opens with", record["loads_with"]), ("folder", str(made.folder))]
+    rows += [*words.found(record), ("energy meter", meter), ("disturbed", cost["meter"].get("windows_note")), ("opens with", record["loads_with"])]
+    rows = [(label, text) for label, text in (*rows, ("folder", str(made.folder))) if text]
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         click.echo(f"{label:<{width}}  {text}")

@@ -158,6 +158,6 @@ class Front:
 
 
 def _idles(point: Point) -> bool:
-    """Is the idle power known, and with it what an inference at a rate costs?"""
+    """Is the idle power known, or stated by somebody, and with it what an inference at a rate costs?"""
     cost = point.summary["cost"]
-    return cost["meter"].get("idle_w") is not None and cost["net_energy_per_inference_j"] is not None
+    return cost["meter"].get("idle_w") is not None and not cost["meter"].get("assumed") and cost["net_energy_per_inference_j"] is not None

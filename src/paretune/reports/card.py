@@ -40,6 +40,7 @@ def render(record: Record, *, license_id: str | None = None) -> str:
         "What it is": _facts(record, license_id),
         "Use": _block("python", _USE),
         "Scores": _scores(record),
+        **({"Found": [f"- {_code(name)}: {_plain(text)}" for name, text in found]} if (found := words.found(record)) else {}),
         "Costs": [*_costs(record), "", _meter(Cost.from_json(record["cost"]))],
         **({"Export": _export(record["export"])} if "export" in record else {}),
         "Run it again": _block("sh", words.command(record)),

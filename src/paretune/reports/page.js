@@ -320,6 +320,8 @@
   function render() {
     $("tip").hidden = true;
     $("title").textContent = document.title = data.titles[state.axis];
+    $("band").hidden = !data.band || state.relative || !data.quantities[state.axis].axis.endsWith("estimated");
+    $("band").textContent = data.band;
     picture();
     table();
   }

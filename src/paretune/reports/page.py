@@ -66,6 +66,7 @@ def payload(front: Front, budgets: Sequence[Budget] = ()) -> dict[str, Any]:
         "budgets": table.answers(front, budgets),
         "ledger": front.ledger.to_json(),
         "facts": words.facts(front),
+        "band": words.band(front),
     }
 
 

@@ -14,6 +14,7 @@ from paretune.units import show
 
 # the quantities a picture can have on its horizontal axis, the first of them by choice
 AXES = (CHARGE, "latency_p50_ms", "energy_per_inference_j", "stored_mb", "peak_memory_mb", "train_energy_j", "train_s", "flops_per_inference")
+_FACTS = 3  # of those that a phase found, so many are shown
 ENERGIES = (CHARGE, "energy_per_inference_j", "net_energy_per_inference_j", "train_energy_j")
 
 
@@ -108,15 +109,29 @@ def energy(front: Front) -> str:
         if meter.get("name", "none") == "none":
             texts.append(f"not measured: {meter.get('note') or front.all[0].reason('energy_per_inference_j')}")
             continue
-        low, high = meter.get("scale_low", 1.0), meter.get("scale_high", 1.0)
         text = source if guess and source.startswith("estimated") else f"{'estimated' if guess else 'measured'} with {source}"
-        if (low, high) != (1.0, 1.0):
-            text += f"; all joules share one unknown factor between {low:.2g} and {high:.2g}, which cancels in comparisons"
-        texts.append(text)
+        texts.append("; ".join(filter(None, (text, _shared(meter)))))
     texts = list(dict.fromkeys(texts))
     if sum(not text.startswith("not measured") for text in texts) > 1:
         texts[0] = f"not in one way for all runs, so their energies are no comparison: {texts[0]}"
     return "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more meters" if len(texts) > 3 else "")
+
+
+def band(front: Front) -> str:
+    """The uncertainty that all energies share, which is not in a point's own bar; empty where there is none."""
+    return _all(map(_shared, _meters(front)))
+
+
+def _shared(meter: dict[str, Any]) -> str:
+    low, high = meter.get("scale_low", 1.0), meter.get("scale_high", 1.0)
+    return f"all joules share one unknown factor between {low:.2g} and {high:.2g}, which cancels in comparisons" if (low, high) != (1.0, 1.0) else ""
+
+
+def found(record: Record) -> list[tuple[str, str]]:
+    """What the phases of a run found out beside scores and costs, such as the share of tokens that a smaller vocabulary changed: methods and sentences."""
+    stated = [(phase["spelling"].split("(")[0], phase["facts"]) for phase in record["phases"] if phase.get("facts")]
+    return [(name, ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in list(facts.items())[:_FACTS])
+             + (f", and {len(facts) - _FACTS} more in run.json" if len(facts) > _FACTS else "")) for name, facts in stated]  # fmt: skip
 
 
 def protocol(front: Front) -> str:
