@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from paretune.errors import StoreError, did_you_mean
@@ -37,12 +39,14 @@ def identity(facts: dict[str, Any]) -> str:
 def written(target: Path) -> Iterator[Path]:
     """A folder to fill, which appears as `target` when the block ends without an error, and not at all otherwise.
 
+    What killed processes left of the same target is removed first.
+
     Raises:
         StoreError: for a full disk or a folder that may not be written.
     """
-    beside = target.parent / f".{target.name}.{os.getpid()}.part"
+    beside = _beside(target)
     try:
-        shutil.rmtree(beside, ignore_errors=True)
+        _clear(target)
         beside.mkdir(parents=True)
         yield beside
         for file in (p for p in beside.rglob("*") if p.is_file()):
@@ -55,6 +59,19 @@ def written(target: Path) -> Iterator[Path]:
         raise _unwritable(target, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    """Where this process fills what is to become `target`."""
+    return target.with_name(f".{target.name}.{os.getpid()}.part")
+
+
+def _clear(target: Path) -> None:
+    """Removes what this process, or one that runs no more, left of a target half-written; not every writer holds the target's lock."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        writer = left.name.removeprefix(f".{target.name}.").removesuffix(".part")
+        if writer.isdecimal() and (int(writer) == os.getpid() or not psutil.pid_exists(int(writer))):
+            left.unlink(missing_ok=True) if left.is_file() else shutil.rmtree(left, ignore_errors=True)
 
 
 def _unwritable(target: Path, error: Exception) -> StoreError:
@@ -74,8 +91,9 @@ def locked(target: Path) -> Iterator[None]:
 
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = _beside(path)
     try:
+        _clear(path)
         beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
         os.replace(beside, path)
     except OSError as error:

@@ -85,7 +85,7 @@ def test_a_frontier_killed_again_and_again_ends_as_if_it_had_not_been(place: Pat
     assert done or in_a_child(work, None)
     assert scores(out) == scores(tmp_path / "whole")
     assert len(whole.records) == len(RECIPES)
-    assert not [p for p in out.rglob("*.part")] or in_a_child(work, None)
+    assert not list(out.rglob("*.part"))  # the parts of the killed are gone, too
 
 
 def test_a_frontier_shares_phases(place: Path, tmp_path: Path) -> None:
@@ -130,6 +130,23 @@ def test_a_full_disk_leaves_nothing_half_written(place: Path, tmp_path: Path, mo
         pt.run("full", task(place), backbone=str(place / "bert"), out=tmp_path, options=OPTIONS)
     assert not list(tmp_path.rglob("run.json")) and not list(tmp_path.rglob("phase.json")) and not list(tmp_path.rglob("*.part"))
     monkeypatch.undo()
+
+
+def test_the_part_of_a_killed_writer_goes_and_that_of_a_living_one_stays(tmp_path: Path) -> None:
+    dead = os.fork()
+    if not dead:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    left = [tmp_path / f".{name}.{pid}.part" for name, pid in (("model", dead), ("model", os.getppid()), ("model.x", dead))]
+    for folder in left:
+        folder.mkdir()
+        (folder / "weights").write_text("half")
+    (tmp_path / f".a.json.{dead}.part").write_text("{")
+    with store.written(tmp_path / "model") as part:
+        (part / "weights").write_text("whole")
+    store.write_json(tmp_path / "a.json", {})
+    assert sorted(tmp_path.iterdir()) == sorted([*left[1:], tmp_path / "model", tmp_path / "a.json"])
+    assert (tmp_path / "model" / "weights").read_text() == "whole"
 
 
 def test_too_little_space_is_said_before_the_work_is_lost(tmp_path: Path) -> None:
