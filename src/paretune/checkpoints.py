@@ -1,7 +1,7 @@
 """Checkpoints inside a training phase: exact resume after a kill at any moment.
 
 A checkpoint is a folder `checkpoint-<step>` with `tensors.safetensors` (what learns, its best values, the optimizer's
-state, the random state) and `cursor.json`; it is written beside and renamed, so a half-written one is never found.
+state, the random state) and `cursor.json` (where it stands, and what was spent until there); it is written beside and renamed, so a half-written one is never found.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from paretune import store
 from paretune.errors import StoreError
+from paretune.meters.spending import Spent
 from paretune.probe import Pace
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def save(loop: Loop, *, cursor: int) -> None:
         tensors |= {f"events/{i}/{key}": value for key, value in events.state().items()}
     numbers = {"cursor": cursor, "epoch": loop.epoch, "step": loop.step, "examples": loop.examples, "history": loop.history,
                "best_epoch": loop.best_epoch, "improved": loop.improved, "pace": vars(loop.pace) if hasattr(loop.pace, "__dict__") else {},
-               "epoch_loss": loop.epoch_loss, "epoch_targets": loop.epoch_targets, "epoch_examples": loop.epoch_examples}  # fmt: skip
+               "epoch_loss": loop.epoch_loss, "epoch_targets": loop.epoch_targets, "epoch_examples": loop.epoch_examples,
+               "spent": loop.settings.spending.so_far().to_json() if loop.settings.spending else None}  # fmt: skip
     target = folder / f"{PREFIX}{loop.step:09d}"
     older = _all(folder)
     with store.written(target) as part:
@@ -78,6 +80,8 @@ def restore(loop: Loop) -> int:
     for name in ("epoch", "step", "examples", "history", "best_epoch", "improved", "epoch_loss", "epoch_targets", "epoch_examples"):
         setattr(loop, name, numbers[name])
     loop.pace = Pace(**numbers["pace"])
+    if loop.settings.spending and numbers.get("spent"):
+        loop.settings.spending.earlier = Spent.from_json(numbers["spent"])
     torch.set_rng_state(tensors["random"])
     return int(numbers["cursor"])
 

@@ -16,7 +16,7 @@ from paretune import backbones, hub, inference, processors, registry, store, sur
 from paretune.backbones import Backbone
 from paretune.errors import Incompatible
 from paretune.meters import energy
-from paretune.meters.memory import Peak
+from paretune.meters.spending import Spending
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.options import Options
 from paretune.recipe import Phase, Recipe, is_training, spell
@@ -168,11 +168,12 @@ def _train(plan: Plan, k: int, model: nn.Module, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     fitted: list[training.Fitted] = []
 
-    def learn() -> None:
+    def learn(spending: Spending) -> None:
         adapters, about = decided(model, [m for m in phase if isinstance(m, Adapter)], task=plan.task)
         surgery.attach(model, adapters, name=f"phase_{k}", on_top=True, head=schedule.head)
         found.update(about, **dict(zip(("trainable_parameters", "head_parameters"), surgery.count(model), strict=True)))
-        fitted.append(training.fit(model, plan.task, schedule=schedule, modifiers=modifiers, settings=settings))
+        counted = dataclasses.replace(settings, spending=spending)
+        fitted.append(training.fit(model, plan.task, schedule=schedule, modifiers=modifiers, settings=counted))
 
     record = _metered(plan, learn)
     each = training.flops_per_example(model, plan.task, schedule=schedule)
@@ -187,9 +188,9 @@ def _train(plan: Plan, k: int, model: nn.Module, work: Path) -> dict[str, Any]:
 
 def _shrunk(plan: Plan, model: nn.Module, method: Any) -> dict[str, Any]:
     if not isinstance(method, Readout):
-        return _metered(plan, lambda: shrink(model, method, plan.task))
+        return _metered(plan, lambda _: shrink(model, method, plan.task))
     fitted: list[int] = []
-    record = _metered(plan, lambda: fitted.append(_fit(model, method, plan.task)))
+    record = _metered(plan, lambda _: fitted.append(_fit(model, method, plan.task)))
     each = training.forward_flops(model, plan.task)
     return record | {"examples": fitted[0], "train_flops": None if each is None else each * fitted[0]}
 
@@ -202,17 +203,18 @@ def decided(model: nn.Module, adapters: list[Adapter], *, task: Task | None) -> 
     return methods, {} if methods == adapters else {"decided": spell((tuple(methods),)), "facts": facts}
 
 
-def _metered(plan: Plan, work: Callable[[], Any]) -> dict[str, Any]:
-    metering = plan.options.metering
-    meter = energy.find(metering.power, metering.profile, device=plan.options.compute.device)
-    with Peak(plan.options.compute.device) as peak:
-        start = meter.now()
-        work()
-        end = meter.now()
-    joules = meter.between(start, end)
+def _metered(plan: Plan, work: Callable[[Spending], Any]) -> dict[str, Any]:
+    """What the work cost; of a training that was resumed with what it had spent until its checkpoint.
+
+    What a killed process did after its last checkpoint is not counted, in seconds and joules as in examples and FLOPs.
+    """
+    metering, device = plan.options.metering, plan.options.compute.device
+    with Spending(energy.find(metering.power, metering.profile, device=device), device) as spending:
+        work(spending)
+    spent = spending.so_far()
     return {
-        "train_s": end.wall_s - start.wall_s, "train_cpu_s": end.cpu_s - start.cpu_s, "train_energy_j": joules.value,
-        "energy_reason": joules.reason, "train_peak_mb": peak.reading.value if peak.reading else None,
+        "train_s": spent.wall_s, "train_cpu_s": spent.cpu_s, "train_energy_j": spent.energy.value,
+        "energy_reason": spent.energy.reason, "train_peak_mb": spent.peak_mb,
         "trainable_parameters": 0, "head_parameters": 0, "examples": 0, "train_flops": 0.0,
     }  # fmt: skip
 

@@ -21,6 +21,7 @@ from paretune import batches, checkpoints, probe, seams, surgery, virtual_tokens
 from paretune.errors import Diverged
 from paretune.events import Events
 from paretune.meters import flops
+from paretune.meters.spending import Spending
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.roles import Modifier
 from paretune.tasks import Task, score
@@ -40,6 +41,7 @@ class Settings:
     report: Callable[[dict[str, Any]], None] | None = None  # gets epoch, step, steps, loss, examples_per_s
     name: str = "this recipe"  # how an error calls the training
     after: Callable[[int], nn.Module] | None = None  # opens `@k`; None outside a recipe
+    spending: Spending | None = None  # what the phase costs; kept in the checkpoints
 
 
 @dataclasses.dataclass

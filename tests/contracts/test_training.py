@@ -17,6 +17,10 @@ import work
 
 from paretune import surgery, training
 from paretune.errors import Diverged, StoreError
+from paretune.meters.clock import Moment
+from paretune.meters.meter import Meter
+from paretune.meters.reading import Reading, missing
+from paretune.meters.spending import PARTLY, Spending, Spent
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.modifiers.random_subset import RandomSubset
@@ -140,6 +144,60 @@ def test_a_killed_training_resumes_bit_for_bit(step, modifiers, tmp_path):
     assert steps.same(steps.tensors(again), steps.tensors(straight))
     assert fit == wanted
     assert not list(tmp_path.iterdir()), "the checkpoints of a finished phase are gone"
+
+
+class Steps(Meter):
+    """A meter on which a step takes 2 s of time, 3 s of CPU time and 5 J; a process starts anywhere on it."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def step(self, info):
+        self.at += 1
+
+    def now(self):
+        return Moment(0.0, 2.0 * self.at, 3.0 * self.at, 0.0, {"j": 5.0 * self.at})
+
+    def between(self, start, end):
+        return Reading(end.counters["j"] - start.counters["j"], "J")
+
+
+class Silent(Steps):
+    """The same without energy."""
+
+    def between(self, start, end):
+        return missing("J", "no meter here")
+
+
+@pytest.mark.parametrize(("first", "second"), [(Steps, Steps), (Silent, Steps), (Steps, Silent), (Silent, Silent)])
+def test_a_resumed_training_costs_the_sum_of_its_parts(first, second, tmp_path):
+    def fit(meter, report):
+        settings = training.Settings(folder=tmp_path, checkpoint_every_s=0.0, report=report)
+        with Spending(meter) as spending:
+            fitted = training.fit(adapted(), work.text_task(), schedule=schedule, settings=dataclasses.replace(settings, spending=spending))
+        return fitted, spending.so_far()
+
+    def killed(info):
+        before.step(info)
+        if info["step"] == 5:  # the work of this step, after the last checkpoint, is lost and done again
+            raise Killed
+
+    schedule, before, after = work.Schedule(lr=1e-3, batch=4, epochs=3.0, dtype="fp32"), first(at=0), second(at=100)
+    with pytest.raises(Killed):
+        fit(before, killed)
+    fitted, spent = fit(after, after.step)
+    assert after.at - 100 == fitted.steps - 4, "it went on from the checkpoint of step 4"
+    assert (spent.wall_s, spent.cpu_s) == (2.0 * fitted.steps, 3.0 * fitted.steps)
+    assert spent.energy.value == (5.0 * fitted.steps if first is second is Steps else None)
+    assert spent.energy.reason == {2: "", 1: PARTLY + "no meter here", 0: "no meter here"}[[first, second].count(Steps)]
+
+
+def test_the_peak_of_two_parts_is_the_higher_and_a_part_without_energy_has_one_reason():
+    low, high = (Spent(1.0, 2.0, missing("J", "no meter here"), mb) for mb in (300.0, 400.0))
+    assert (low + high).peak_mb == (high + low).peak_mb == 400.0
+    measured = Spent(1.0, 2.0, Reading(7.0, "J"), 100.0)
+    assert Spent.from_json(measured.to_json()) == measured
+    assert (measured + low + measured).energy.reason == PARTLY + "no meter here"
 
 
 def test_a_truncated_checkpoint_is_an_error_that_says_so(tmp_path):

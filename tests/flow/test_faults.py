@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import random
@@ -18,9 +19,10 @@ import torch
 from safetensors import SafetensorError
 
 import paretune as pt
-from paretune import backbones, checkpoints, flow, inference, phases, runs, store
+from paretune import backbones, checkpoints, flow, inference, phases, runs, store, training
 from paretune.errors import Diverged, StoreError
 from paretune.meters import protocol
+from paretune.meters.estimate import Estimate, Power
 from paretune.meters.reading import Reading
 from paretune.options import Options, Training
 
@@ -42,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(inference, "peak_memory", lambda folders: [Reading(1.0, "MB") for _ in folders])
         patch.setattr("paretune.meters.protocol.same_against_same", lambda call: (0.0, 0.0))
         patch.setattr("paretune.meters.protocol.warm", lambda call, limit_s: 0)
-        patch.setattr("paretune.training.Settings.checkpoint_every_s", 0.0)
+        patch.setattr(training, "Settings", functools.partial(training.Settings, checkpoint_every_s=0.0))
         yield folder
 
 
@@ -149,6 +151,24 @@ def test_the_part_of_a_killed_writer_goes_and_that_of_a_living_one_stays(tmp_pat
     assert (tmp_path / "model" / "weights").read_text() == "whole"
 
 
+def test_a_resumed_run_costs_what_both_its_parts_did(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(info: dict[str, object]) -> None:
+        time.sleep(0.1)
+        if info["step"] == 12:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(phases.energy, "find", lambda *_, **__: Estimate(Power(idle_w=2.0, busy_w=6.0), threads=1))
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        pt.run("lora(r=2)", task(place), backbone=str(place / "bert"), out=tmp_path, options=dataclasses.replace(OPTIONS, report=slow))
+    run = pt.run("lora(r=2)", task(place), backbone=str(place / "bert"), out=tmp_path, resume=True, options=OPTIONS)
+    both = time.perf_counter() - began
+    (phase,) = run.record["phases"]
+    assert 0.1 * 11 < phase["train_s"] < both
+    assert phase["train_energy_j"] == pytest.approx(2.0 * phase["train_s"] + 4.0 * phase["train_cpu_s"])
+    assert run.record["cost"]["train_s"] == phase["train_s"]
+
+
 def test_too_little_space_is_said_before_the_work_is_lost(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="MB are needed and"):
         store.require_space(tmp_path / "not" / "there" / "yet", 1e12)
@@ -167,6 +187,7 @@ def test_a_truncated_checkpoint_is_named(place: Path, tmp_path: Path, name: str)
     with pytest.raises(KeyboardInterrupt):
         pt.run("full", task(place), backbone=str(place / "bert"), out=tmp_path, options=options)
     (file,) = tmp_path.rglob(f"{checkpoints.PREFIX}*/{name}")
+    assert file.parent.name.endswith("0011")  # one after each step, within an epoch, too
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(StoreError, match=f"{file.parent.name}.*damaged"):
         pt.run("full", task(place), backbone=str(place / "bert"), out=tmp_path, resume=True, options=OPTIONS)

@@ -33,6 +33,7 @@ class Peak:
         self.device = device
         self.before_mb = 0.0
         self.reading: Reading | None = None
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Peak:
         self._done, self._highest = threading.Event(), 0
@@ -43,24 +44,28 @@ class Peak:
             self.before_mb = torch.cuda.memory_allocated(self.device) / 1e6
             return self
         self.before_mb = _resident() / 1e6
-        self._exact = _reset()
-        if not self._exact:
+        if not _reset():
             self._thread = threading.Thread(target=self._sample, daemon=True, name="peak memory")
             self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._thread:
+            self._done.set()
+            self._thread.join()
+        self.reading = self.so_far()
+
+    def so_far(self) -> Reading:
+        """The peak until now, while the block runs."""
         if self.device.startswith("cuda"):
             import torch
 
             peak, source = torch.cuda.max_memory_allocated(self.device), "torch's peak of allocated card memory"
-        elif self._exact:
-            peak, source = _high_water(), "peak resident memory of this process (VmHWM)"
-        else:
-            self._done.set()
-            self._thread.join()
+        elif self._thread:
             peak, source = max(self._highest, _resident()), "resident memory of this process, sampled every 10 ms"
-        self.reading = Reading(peak / 1e6, "MB", source=source)
+        else:
+            peak, source = _high_water(), "peak resident memory of this process (VmHWM)"
+        return Reading(peak / 1e6, "MB", source=source)
 
     def _sample(self) -> None:
         while not self._done.wait(0.01):
