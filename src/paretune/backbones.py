@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from paretune import hub, surgery
+from paretune import hub, processors, surgery
 from paretune.errors import BackboneError, did_you_mean
 from paretune.tasks import Task
 from paretune.tasks.kinds import kind_class
@@ -188,9 +188,18 @@ def _packed(config: dict[str, Any]) -> bool:
 
 
 def travel(model: PreTrainedModel, processor: Any) -> None:
-    """Lets a processor travel with the model; a model without a padding token pads with its end token."""
-    surgery.state(model).processor = processor
-    if processor is not None and hasattr(processor, "pad_token") and getattr(model.config, "pad_token_id", None) is None:
+    """Lets a processor travel with the model; a model without a padding token pads with its end token.
+
+    Raises:
+        StoreError: for a tokenizer that is not the one that adapters on the model were trained with, where their file tells.
+    """
+    if processor is None:
+        return
+    kept = surgery.state(model).tokenizer
+    processors.put(model, processor)
+    source = getattr(model, "name_or_path", "this folder")
+    processors.refuse_another(model, kept, source=source, instead="bring back the tokenizer's files that were saved with the adapter")
+    if hasattr(processor, "pad_token") and getattr(model.config, "pad_token_id", None) is None:
         processor.pad_token = processor.pad_token or processor.eos_token
         model.config.pad_token_id = processor.pad_token_id
 

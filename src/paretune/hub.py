@@ -23,7 +23,7 @@ SENTENCE = "paretune (import paretune before opening this folder)"
 
 def record(model: Any) -> dict[str, Any] | None:
     """What must be rebuilt before the weights of this model can be loaded; None for a plain model."""
-    from paretune import surgery
+    from paretune import processors, surgery
     from paretune.seams import Selected
     from paretune.weights import sharing
 
@@ -43,8 +43,10 @@ def record(model: Any) -> dict[str, Any] | None:
         return None
     here = surgery.state(model)
     adapters = {name: [m.spell() for m in methods] for name, methods in here.adapters.items()}
+    tokenizer = processors.told(model) if patches or selected else None
     return {"quant_method": NAME, "format": FORMAT, "adapters": adapters, "active": list(here.active),
-            "patches": patches, "selected": selected, "packed": packed, "resized": resized, "shared": shared}  # fmt: skip
+            "patches": patches, "selected": selected, "packed": packed, "resized": resized, "shared": shared,
+            **({"tokenizer": tokenizer} if tokenizer else {})}  # fmt: skip
 
 
 def speaks(config: dict[str, Any]) -> bool:
@@ -101,6 +103,7 @@ def rebuild(model: Any, wanted: dict[str, Any]) -> None:
         method = _method(item["method"])
         surgery.replace(model, item["path"], new=method.empty(model.get_submodule(item["path"])))
     here = surgery.state(model)
+    here.tokenizer = wanted.get("tokenizer") or here.tokenizer
     for name, methods in wanted["adapters"].items():
         here.adapters[name] = tuple(m for text in methods for m in parse(text).phases[0])
         for method in here.adapters[name]:

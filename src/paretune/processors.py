@@ -1,4 +1,4 @@
-"""The tokenizer or image processor that travels with a model: get, set, fingerprint, save."""
+"""The tokenizer or image processor that travels with a model: get, set, fingerprint, compare, save."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from paretune import surgery
+from paretune import hub, surgery
+from paretune.errors import StoreError
 
 # what calling a tokenizer changes, or a length limit, and not which piece has which id
 _PASSING = ("truncation", "padding")
@@ -23,7 +24,32 @@ def get(model: nn.Module) -> Any:
 
 def put(model: nn.Module, processor: Any) -> None:
     """Makes this the model's processor: it is used, saved, exported and measured with the model from here on."""
-    surgery.state(model).processor = processor
+    here = surgery.state(model)
+    here.processor, here.tokenizer = processor, None
+    hub.refresh(model)
+
+
+def told(model: nn.Module) -> dict[str, str] | None:
+    """What the file of an adapter keeps of the model's tokenizer, its "name" and "sha256"; None for a model without one.
+
+    A model that was opened without its tokenizer still has what its file tells.
+    """
+    here = surgery.state(model)
+    if here.tokenizer is None and hasattr(here.processor, "get_vocab"):
+        here.tokenizer = {"name": f"{type(here.processor).__name__} of {len(here.processor):,} pieces", "sha256": fingerprint(here.processor)}
+    return here.tokenizer
+
+
+def refuse_another(model: nn.Module, kept: dict[str, str] | None, *, source: Any, instead: str) -> None:
+    """Compares the model's tokenizer with the one that the adapters of a file were trained with; where one of them is not known, all is well.
+
+    Raises:
+        StoreError: for another tokenizer; `instead` is what to do then.
+    """
+    here = told(model)
+    if kept and here and kept["sha256"] != here["sha256"]:
+        was, now = (f"{facts['name']} (fingerprint {facts['sha256'][:12]})" for facts in (kept, here))
+        raise StoreError(f"{source}: the adapter was trained with a {was}, and the model has a {now}; {instead}")
 
 
 def fingerprint(processor: Any) -> str:

@@ -323,6 +323,7 @@ class State:
     merged: list[tuple[str, str, Tensor]] = dataclasses.field(default_factory=list)  # module, parameter, original
     unmerged: dict[str, Seam] = dataclasses.field(default_factory=dict)  # module -> the seam it had before the merge
     processor: Any = None  # the tokenizer or image processor that travels with the model
+    tokenizer: dict[str, str] | None = None  # name and fingerprint of the processor, or of the one that the file of its adapters tells of
     before: tuple[dict[str, tuple[Adapter, ...]], tuple[str, ...]] | None = None  # adapters and active before the merge
 
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from paretune import anatomy, store, surgery
+from paretune import anatomy, processors, store, surgery
 from paretune.errors import Incompatible, StoreError, all_of, did_you_mean, one_of
 from paretune.peft_format import bare, files, linear, own, prompts
 from paretune.peft_format.files import CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, Piece
@@ -63,6 +63,8 @@ def save(model: nn.Module, folder: Path, *, base: str, revision: str | None = No
         config, tensors = own.write(model, found, reason=str(reason))
     config |= {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
     metadata = {"format": "pt", files.FINGERPRINT: files.fingerprint(model, without=found.trained)}
+    tokenizer = processors.told(model)
+    metadata |= {files.TOKENIZER: json.dumps(tokenizer)} if tokenizer else {}
     save_file({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, folder / WEIGHTS, metadata=metadata)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     return str(config["peft_type"])
@@ -97,11 +99,12 @@ def read_peft(model: nn.Module, source: str | Path, *, name: str = "default", al
             one file of bare tensors, as loralib and T-Few publish them.
         name: to switch, remove or route rows by.
         alpha: of loralib's file, which does not say it.
-        same_backbone: refuse a backbone with other values than the one that `export` found below the adapter, where the file tells.
+        same_backbone: refuse a backbone with other values, or another tokenizer, than `export` found below the adapter, where the file tells.
 
     Raises:
         Incompatible: for another kind of adapter, a setting that paretune lacks, or a target that the model has not.
-        StoreError: for a damaged folder, a tensor that is missing, left over or of the wrong shape, another backbone, or a file that changes nothing.
+        StoreError: for a damaged folder, a tensor that is missing, left over or of the wrong shape, another backbone or tokenizer,
+            or a file that changes nothing.
     """
     source = Path(source)
     config, tensors = bare.load(source, alpha) if source.is_file() else (store.read_json(source / CONFIG), files.load(source))

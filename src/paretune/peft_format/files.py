@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from paretune import anatomy, surgery
+from paretune import anatomy, processors, surgery
 from paretune.anatomy import Site
 from paretune.anatomy.structure import modules_of
 from paretune.errors import Incompatible, StoreError
@@ -26,6 +26,7 @@ from paretune.seams import CHILD, Patch, Selected, seam_of
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 FINGERPRINT = "backbone"  # in the metadata of the tensors' file: one value of each parameter below the adapter
+TOKENIZER = "tokenizer"  # in the same place: name and fingerprint of the one that the adapter was trained with
 TASK_TYPES = {  # PEFT's name of a task -> transformers' table of the classes for it
     "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -207,16 +208,19 @@ def _middle(parameter: Tensor) -> float:
 
 
 def check_backbone(source: Path, model: nn.Module) -> None:
-    """Compares the model with the fingerprint in the file, if there is one; packed and unmaterialized parameters are passed over.
+    """Compares the model with the fingerprints in the file, if there are any; packed and unmaterialized parameters are passed over.
 
     Raises:
-        StoreError: for a parameter with another value.
+        StoreError: for another tokenizer, or a parameter with another value.
     """
     file = source / WEIGHTS
     if not file.is_file():
         return
     with safe_open(file, framework="pt") as opened:
-        told = json.loads((opened.metadata() or {}).get(FINGERPRINT, "{}"))
+        metadata = opened.metadata() or {}
+    told, tokenizer = (json.loads(metadata.get(name, "{}")) for name in (FINGERPRINT, TOKENIZER))
+    instead = f"load {_base(source)} with that tokenizer, or say same_backbone=False"
+    processors.refuse_another(model, tokenizer, source=source, instead=instead)
     here = {n: p for n, p in model.named_parameters() if not p.is_meta}
     other = next((n for n, value in told.items() if n in here and abs(_middle(here[n]) - value) > 0.01 * abs(value) + 1e-6), None)
     if other is not None:
