@@ -70,24 +70,38 @@ def in_a_child(work: Callable[[], object], seconds: float | None) -> bool:
     return False
 
 
-def scores(out: Path) -> dict[str, tuple[float, list[float] | None]]:
-    return {run.recipe: (run.record["validation_score"], run.per_example()) for run in store.finished(out)}
-
-
-def test_a_frontier_killed_again_and_again_ends_as_if_it_had_not_been(place: Path, tmp_path: Path) -> None:
-    whole = flow.frontier(task(place), backbone=str(place / "bert"), recipes=RECIPES, out=tmp_path / "whole", options=OPTIONS)
-    out, moments, finished = tmp_path / "killed", random.Random(0), {}
-    work = lambda: flow.frontier(task(place), backbone=str(place / "bert"), recipes=RECIPES, out=out, resume=True, options=OPTIONS)  # noqa: E731
-    for _ in range(12):
+def killed_until_done(work: Callable[[], object], out: Path, *, kills: int = 12) -> None:
+    """Kills the work at random moments until it finishes or was killed so often; then lets it finish."""
+    moments, finished = random.Random(0), {}
+    for _ in range(kills):
         done = in_a_child(work, moments.uniform(0.1, 1.5))
         for run in store.finished(out):  # every run.json that is there is whole, and none is made twice
             assert finished.setdefault(run.id, run.record["date"]) == run.record["date"]
         if done:
             break
     assert done or in_a_child(work, None)
-    assert scores(out) == scores(tmp_path / "whole")
-    assert len(whole.records) == len(RECIPES)
     assert not list(out.rglob("*.part"))  # the parts of the killed are gone, too
+
+
+def done_once(out: Path) -> dict[str, tuple[float, list[float] | None, list[int]]]:
+    """Per recipe what it answers, and the examples of its phases: of a resumed training each once."""
+    return {run.recipe: (run.record["validation_score"], run.per_example(), [p["examples"] for p in run.record["phases"]]) for run in store.finished(out)}
+
+
+def test_a_frontier_killed_again_and_again_ends_as_if_it_had_not_been(place: Path, tmp_path: Path) -> None:
+    whole = flow.frontier(task(place), backbone=str(place / "bert"), recipes=RECIPES, out=tmp_path / "whole", options=OPTIONS)
+    out = tmp_path / "killed"
+    killed_until_done(lambda: flow.frontier(task(place), backbone=str(place / "bert"), recipes=RECIPES, out=out, resume=True, options=OPTIONS), out)
+    assert done_once(out) == done_once(tmp_path / "whole")
+    assert len(whole.records) == len(RECIPES)
+
+
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(place: Path, tmp_path: Path) -> None:
+    pt.run(RECIPES[1], task(place), backbone=str(place / "bert"), out=tmp_path / "whole", options=OPTIONS)
+    out = tmp_path / "killed"
+    killed_until_done(lambda: pt.run(RECIPES[1], task(place), backbone=str(place / "bert"), out=out, resume=True, options=OPTIONS), out, kills=3)
+    assert done_once(out) == done_once(tmp_path / "whole")
+    assert all(runs.is_measured(run) for run in store.finished(out))
 
 
 def test_a_frontier_shares_phases(place: Path, tmp_path: Path) -> None:
