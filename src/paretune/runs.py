@@ -17,7 +17,7 @@ from paretune.errors import StoreError
 from paretune.inference import Bench
 from paretune.meters import system
 from paretune.meters.cost import MEASURED, Cost, unmeasured
-from paretune.meters.reading import Reading, missing
+from paretune.meters.reading import Reading
 from paretune.options import Options
 from paretune.pareto import intervals
 from paretune.phases import Plan
@@ -60,7 +60,8 @@ def _record(plan: Plan, spelling: str, records: list[dict[str, Any]], part: Path
     found = training.predict(model, task, rows=task.test)
     each = tasks.per_example(task, found, rows=task.test)
     score = tasks.score(task, found, rows=task.test)
-    low, high = intervals.score_interval([each]) if each else (None, None)
+    interval, how = intervals.of_run(each, tasks.redrawn(task, found, rows=task.test), rows=len(found))
+    low, high = interval or (None, None)
     store.write_json(part / "per_example.json", each)
     store.write_json(part / "sample.json", list(task.test[: inference.SAMPLE]) if _plain(task.test[:1]) else [])
     validation = tasks.score(task, training.predict(model, task, rows=task.validation), rows=task.validation) if len(task.validation) else None
@@ -68,7 +69,8 @@ def _record(plan: Plan, spelling: str, records: list[dict[str, Any]], part: Path
         "format": store.FORMAT, "id": plan.id, "recipe": spelling, "resolved": plan.recipe.resolved, "recipe_id": plan.recipe.id,
         "backbone": plan.backbone.name, "backbone_revision": plan.backbone.revision, "weights_sha256": plan.backbone.weights_sha256,
         "task": task.name, "task_definition": task.define(), "task_fingerprint": task.fingerprint, "seed": plan.seed, "metric": task.metric,
-        "validation_score": validation, "score": score, "score_low": low, "score_high": high, "per_example": "per_example.json" if each else None,
+        "validation_score": validation, "score": score, "score_low": low, "score_high": high, "score_interval": how,
+        "per_example": "per_example.json" if each else None,
         "loads_with": phases.loads_with(part / "model"), "phases": records, "cost": _training_cost(records, store.stored_mb(part / "model")).to_json(),
         "environment": {**system.describe(), "paretune": paretune.__version__, "device": plan.options.compute.device},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
@@ -101,17 +103,15 @@ def measure(runs: Sequence[Run], task: Any, *, options: Options, progress: Calla
     benches = {recipe: Bench(_open(run, task, options), task) for recipe, run in first.items()}
     found = inference.measured(benches, options.metering, progress=progress)
     benches.clear()
-    plain = {recipe: run for recipe, run in first.items() if store.read_json(run.folder / "sample.json")}
     if progress:
-        progress("memory", 0, len(plain))
-    peaks = dict(zip(plain, inference.peak_memory([run.folder for run in plain.values()]), strict=True))
+        progress("memory", 0, len(first))
+    peaks = inference.peak_memory([run.folder for run in first.values()])
     if progress:
-        progress("memory", len(plain), len(plain))
-    for recipe, peak in peaks.items():
+        progress("memory", len(first), len(first))
+    for recipe, peak in zip(first, peaks, strict=True):
         if peak.value is None and options.report:
             options.report({"said": f"warning: {recipe}: {peak.reason}"})
-    for recipe in first:
-        found[recipe]["readings"]["peak_memory_mb"] = peaks.get(recipe, missing("MB", "the test examples are files, which are not kept with the run"))
+        found[recipe]["readings"]["peak_memory_mb"] = peak
     return [_measured(run, found[run.recipe], first[run.recipe].id) for run in runs]
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 from paretune.errors import DataError
-from paretune.pareto.intervals import bootstrap, difference, score_interval, wilson
+from paretune.pareto.front import Front
+from paretune.pareto.intervals import bootstrap, difference, of_run, over_seeds, resampled, score_interval, wilson
+from tests.pareto.synthetic import record
 
 
 def draw(rng: np.random.Generator, skill: float, easiness: np.ndarray, seeds: int, seed_sd: float = 0.02) -> np.ndarray:
@@ -69,3 +73,64 @@ def test_rows_of_other_lengths_are_refused() -> None:
         bootstrap([[1.0, 0.0], [1.0]])
     with pytest.raises(DataError, match="same test examples"):
         difference([[1.0, 0.0]], [[1.0]])
+
+
+# --- metrics that are no mean over examples -------------------------------------------------------------------------------------
+
+
+def test_a_bootstrap_of_the_mean_as_a_metric_is_wilson() -> None:
+    right = np.array([1.0] * 450 + [0.0] * 50)
+    found, how = resampled(lambda drawn: float(right[drawn].mean()), 500)
+    low, high = wilson(450, 500)
+    assert found == pytest.approx((low, high), abs=0.15 * (high - low)) and how == "over test examples (bootstrap of the metric)"
+
+
+def test_a_bootstrap_of_a_correlation_is_fishers() -> None:
+    """Fisher 1921: artanh r of normal pairs is normal with the deviation 1 / √(n - 3)."""
+    first, noise = np.random.default_rng(0).normal(size=(2, 1000))
+    second = 0.6 * first + 0.8 * noise
+    found, _ = resampled(lambda drawn: float(np.corrcoef(first[drawn], second[drawn])[0, 1]), 1000)
+    z, half = math.atanh(np.corrcoef(first, second)[0, 1]), 1.96 / math.sqrt(997)
+    low, high = math.tanh(z - half), math.tanh(z + half)
+    assert found == pytest.approx((low, high), abs=0.15 * (high - low))
+
+
+def test_why_there_is_no_interval_is_said() -> None:
+    def defined_in(share: float):
+        rng = np.random.default_rng(0)
+        return lambda drawn: float(np.mean(drawn)) if len(drawn) and rng.random() < share else math.nan
+
+    assert resampled(lambda drawn: 0.5, 1) == (None, "none: a bootstrap needs two test examples")
+    assert resampled(lambda drawn: 1.0, 50) == (None, "none: all 500 draws of test examples score the same")
+    none, why = resampled(defined_in(0.8), 50)
+    assert none is None and "is not defined in" in why
+    rows, lost = resampled(defined_in(0.98), 50)
+    assert rows is not None and "of 500 draws undefined" in lost
+    assert of_run(None, None, rows=50)[0] is None and "takes too long" in of_run(None, None, rows=50)[1]
+    assert of_run([1.0, 0.0, 1.0], lambda drawn: 0.0, rows=3) == (wilson(2, 3), "over test examples (Wilson)")
+
+
+def test_the_interval_holds_the_score_even_of_a_biased_metric() -> None:
+    (low, high), _ = resampled(lambda drawn: len(set(drawn)) / 100, 100)  # every draw has fewer different rows than there are
+    assert low < high == 1.0
+
+
+def test_seeds_without_results_by_example_join_their_intervals_with_their_spread() -> None:
+    scores = [-0.1, 0.0, 0.1]  # Matthews may be below zero
+    seeds = t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
+    assert over_seeds(scores, [None, None, (0.0, 0.2)])[0] == pytest.approx((-seeds, seeds))
+    joined, how = over_seeds(scores, [(s - 0.2, s + 0.3) for s in scores])
+    assert joined == pytest.approx((-math.hypot(0.2, seeds), math.hypot(0.3, seeds))) and how.endswith("in quadrature")
+    assert over_seeds([0.5, 0.5], [(0.4, 0.7)] * 2)[0] == pytest.approx((0.4, 0.7))
+    assert over_seeds([0.5, 0.5], [None, None]) == (None, "none: all seeds score the same")
+
+
+def test_a_point_says_what_its_bar_is_over() -> None:
+    plain = {"metric": "f1", "per_example": None, "score_low": 0.4, "score_high": 0.6, "score_interval": "over test examples (bootstrap of the metric)"}
+    one = Front([record("full") | plain | {"score": 0.5}]).all[0]
+    assert one.interval("score") == (0.4, 0.6) and one.summary["score_interval"] == plain["score_interval"]
+    point = Front([record("full", seed) | plain | {"score": score} for seed, score in enumerate((0.45, 0.5, 0.55))]).all[0]
+    half = math.hypot(0.1, t.ppf(0.975, 2) * 0.05 / math.sqrt(3))
+    assert point.interval("score") == pytest.approx((0.5 - half, 0.5 + half)) and "over seeds" in point.summary["score_interval"]
+    bare = Front([record("full") | plain | {"score_low": None, "score_high": None, "score_interval": "none: why"}]).all[0]
+    assert bare.interval("score") is None and bare.summary["score_interval"] == "none: why"

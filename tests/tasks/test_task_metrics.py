@@ -6,6 +6,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import sklearn.metrics as sk
 from scipy import stats
@@ -97,3 +98,50 @@ def test_nist_is_the_information_of_the_right_words() -> None:
     """Doddington 2002: an n-gram's information is log2 of how often its first n - 1 words come per time it comes; four words, each once."""
     assert metrics.evaluate("nist", [["w x y z v"]], predicted=["w x y z v"]) == pytest.approx(math.log2(5))
     assert metrics.evaluate("nist", [["w x y z v"]], predicted=["u"]) == 0.0
+
+
+def rows(values: list[Any]) -> list[list[Any]]:
+    return [[value] for value in values]
+
+
+MORE = [[f"{' '.join(random.Random(i).choices('abcdefgh', k=9))} {end}" for i in range(30)] for end in ("x", "a b")]
+TAGS = [[random.Random(seed + i).choices(["O", "B-P", "I-P"], k=4 + i % 3) for i in range(30)] for seed in (0, 7)]
+WORDS = [[[ord(tag[0]) for tag in text] for text in side] for side in TAGS]  # tags as numbers, one list for each text
+PROBABILITIES = np.array([[1 - p, p] for p in (_random.random() for _ in range(50))])
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        *((name, CLASSES) for name in ("accuracy", "f1", "f1_macro", "f1_micro", "matthews", "balanced_accuracy")),
+        *((name, BINARY) for name in ("f1", "matthews", "roc_auc")),
+        *((name, SETS) for name in ("accuracy", "f1", "f1_micro")),
+        *((name, NUMBERS) for name in ("pearson", "spearman", "r2")),
+        *((name, [rows(MORE[0]), MORE[1]]) for name in ("bleu", "chrf", "ter", "rouge_l", "exact_match")),
+        ("f1_spans", TAGS),
+        ("perplexity", [[], [(random.Random(i).random() * 9, 3 + i % 5) for i in range(30)]]),
+    ],
+)
+def test_the_score_of_drawn_rows_is_that_of_a_task_of_these_rows(name: str, data: list[Any]) -> None:
+    truth, predicted = data
+    scores = PROBABILITIES if name == "roc_auc" else None
+    score = metrics.redrawn(name, rows(truth) or [[]] * len(predicted), predicted=rows(predicted), scores=scores)
+    for seed in range(3):
+        drawn = np.random.default_rng(seed).integers(len(predicted), size=len(predicted))
+        own = {"predicted": [predicted[i] for i in drawn], "scores": None if scores is None else scores[drawn]}
+        assert score(drawn) == pytest.approx(metrics.evaluate(name, [truth[i] for i in drawn] if truth else [], **own))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1", "f1_micro", "matthews"])
+def test_words_are_drawn_text_by_text(name: str) -> None:
+    truth, predicted = WORDS
+    drawn = np.random.default_rng(0).integers(30, size=30)
+    flat = [[word for i in drawn for word in side[i]] for side in WORDS]
+    assert metrics.redrawn(name, truth, predicted=predicted)(drawn) == pytest.approx(metrics.evaluate(name, flat[0], predicted=flat[1]))
+
+
+def test_a_draw_without_a_score_is_nan_and_says_nothing() -> None:
+    for name, data in (("matthews", BINARY), ("pearson", NUMBERS), ("spearman", NUMBERS), ("roc_auc", BINARY)):
+        score = metrics.redrawn(name, rows(data[0]), predicted=rows(data[1]), scores=PROBABILITIES)
+        assert math.isnan(score(np.zeros(50, dtype=int)))
+    assert metrics.redrawn("nist", rows(rows(MORE[0])), predicted=rows(MORE[1])) is None

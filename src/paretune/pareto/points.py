@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,8 @@ _ENERGIES = ("train_energy_j", "energy_per_inference_j", "net_energy_per_inferen
 class Point:
     """One recipe on one backbone: its runs, their mean in the shape of a record, and the results by test example where kept.
 
-    The summary's score is the mean over seeds, its interval that of `intervals.score_interval`. A cost is the mean over seeds with
+    The summary's score is the mean over seeds, its interval that of `intervals.score_interval`, or of `intervals.over_seeds` without results by
+    example; `score_interval` says which. A cost is the mean over seeds with
     the t-interval of that mean; where the runs share one measurement, or there is one run, it is the run's own interval.
     """
 
@@ -105,13 +105,15 @@ def _point(runs: list[Record], folders: Mapping[str, Path]) -> Point:
     whole = None if None in results or len({len(row) for row in results}) != 1 else tuple(results)
     score = statistics.fmean(run["score"] for run in runs)
     validation = [run["validation_score"] for run in runs if run.get("validation_score") is not None]
-    low, high = intervals.score_interval(whole) if whole else _recorded(runs, score)
+    interval, how = (intervals.score_interval(whole), intervals.how(whole)) if whole else _recorded(runs)
+    low, high = interval or (None, None)
     summary = {
         **{key: runs[0].get(key) for key in ("recipe", "resolved", "recipe_id", "backbone", "task", "metric", "loads_with")},
         "validation_score": statistics.fmean(validation) if len(validation) == len(runs) else None,
         "score": score,
         "score_low": low,
         "score_high": high,
+        "score_interval": how,
         "cost": mean_cost(runs).to_json(),
     }
     return Point(tuple(runs), summary, whole)
@@ -133,10 +135,9 @@ def _results(run: Record, folders: Mapping[str, Path]) -> tuple[float, ...] | No
     return tuple(map(float, kept))
 
 
-def _recorded(runs: list[Record], score: float) -> tuple[float | None, float | None]:
-    """The interval without results by example: the runs' own, and the spread of their scores over seeds, added in quadrature."""
-    if any(run.get("score_low") is None or run.get("score_high") is None for run in runs):
-        return None, None
-    mean_low, mean_high = (statistics.fmean(run[key] for run in runs) for key in ("score_low", "score_high"))
-    around = spread([run["score"] for run in runs]) or (score, score)
-    return score - math.hypot(score - mean_low, score - around[0]), score + math.hypot(mean_high - score, around[1] - score)
+def _recorded(runs: list[Record]) -> tuple[intervals.Interval | None, str]:
+    """The interval without results by example, and how it was made: the run's own, or the runs' own together with the spread over seeds."""
+    own = [records.interval(run, "score") for run in runs]
+    if len(runs) > 1:
+        return intervals.over_seeds([run["score"] for run in runs], own)
+    return own[0], runs[0].get("score_interval") or ("as recorded with each run" if own[0] else "none: none was recorded")

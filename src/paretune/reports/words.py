@@ -93,12 +93,12 @@ def facts(front: Front) -> list[tuple[str, str]]:
 def scoring(front: Front) -> str:
     """What a score is the mean of, and what its bars hold."""
     seeds = sorted({run["seed"] for run in front.records})
-    if any(point.results is None for point in front.all):
-        how = "as recorded with each run" + (", and over seeds" if len(seeds) > 1 else "")
-    else:
-        how = "over seeds and test examples (bootstrap)" if len(seeds) > 1 else "over test examples (Wilson)"
+    made = list(dict.fromkeys(point.summary["score_interval"] for point in front.all))
+    bars = ", or ".join(how for how in made if not how.startswith("none: "))
+    parts = [f"bars are 95 % intervals {bars}"] if bars else []
+    parts += [f"no bar where there is no interval ({how.removeprefix('none: ')})" for how in made if how.startswith("none: ")]
     mean = f"mean of {len(seeds)} seeds ({', '.join(map(str, seeds))})" if len(seeds) > 1 else f"one seed ({seeds[0]})"
-    return f"{front.metric} on the test split, {mean}; bars are 95 % intervals {how}"
+    return f"{front.metric} on the test split, {'; '.join([mean, *parts])}"
 
 
 def energy(front: Front) -> str:

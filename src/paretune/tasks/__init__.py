@@ -12,7 +12,7 @@ from paretune.tasks.columns import bad_cell
 from paretune.tasks.definition import Row, Rows, Task
 from paretune.tasks.kinds import Bad, Kind, kind_class
 
-__all__ = ["Kind", "Row", "Rows", "Task", "blank", "inputs", "per_example", "rebuild", "score", "task"]
+__all__ = ["Kind", "Row", "Rows", "Task", "blank", "inputs", "per_example", "rebuild", "redrawn", "score", "task"]
 
 
 def task(
@@ -92,14 +92,24 @@ def score(task: Task, predictions: Sequence[Any], *, rows: Sequence[Row]) -> flo
 
 
 def per_example(task: Task, predictions: Sequence[Any], *, rows: Sequence[Row]) -> list[float] | None:
-    """1.0 for each right answer and 0.0 for each wrong one; None for a metric that is not their mean."""
+    """The score of each row, as 1.0 for a right answer and 0.0 for a wrong one; None for a metric that is not the mean over rows."""
+    if task.kind.name == "tokens":
+        return None  # texts of several words weigh by their length
+    truth, predicted = _by_row(task, predictions, rows=rows)
+    return metrics.each(task.metric, truth, predicted=predicted)
+
+
+def redrawn(task: Task, predictions: Sequence[Any], *, rows: Sequence[Row]) -> metrics.Redrawn | None:
+    """The task's metric as a function of the numbers of drawn rows, as a bootstrap needs it: see `metrics.redrawn`."""
+    truth, predicted = _by_row(task, predictions, rows=rows)
+    return metrics.redrawn(task.metric, truth, predicted=predicted, scores=task.kind.scores(predictions))
+
+
+def _by_row(task: Task, predictions: Sequence[Any], *, rows: Sequence[Row]) -> tuple[list[list[Any]], list[list[Any]]]:
+    """(truth, predicted) of each row: one answer, or one for each word."""
     _same_length(predictions, rows, task)
-    if task.metric == "exact_match":
-        return metrics.matches(*task.kind.compare(task, predictions, rows=rows))
-    if task.metric == "accuracy" and task.kind.name != "tokens":
-        truth, predicted = task.kind.compare(task, predictions, rows=rows)
-        return [float(t == p) for t, p in zip(truth, predicted, strict=True)]
-    return None
+    pairs = [task.kind.compare(task, [p], rows=rows[i : i + 1]) for i, p in enumerate(predictions)]
+    return [truth for truth, _ in pairs], [predicted for _, predicted in pairs]
 
 
 def _same_length(predictions: Sequence[Any], rows: Sequence[Row], task: Task) -> None:

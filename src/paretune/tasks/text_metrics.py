@@ -16,11 +16,21 @@ References = Sequence[Sequence[str]]
 
 def _sacrebleu(name: str) -> Callable[[References, Sequence[str]], float]:
     def score(truth: References, predicted: Sequence[str]) -> float:
-        most = max(map(len, truth))
-        padded = [[texts[i] if i < len(texts) else None for texts in truth] for i in range(most)]  # one stream per reference
-        return getattr(_library("sacrebleu"), f"corpus_{name}")(list(predicted), padded).score / 100
+        return getattr(_library("sacrebleu"), f"corpus_{name}")(list(predicted), _streams(truth)).score / 100
 
     return score
+
+
+def _streams(truth: References) -> list[list[str | None]]:
+    """One stream per reference, as sacrebleu takes them."""
+    return [[texts[i] if i < len(texts) else None for texts in truth] for i in range(max(map(len, truth)))]
+
+
+def sacrebleu_redrawn(name: str, truth: References, *, predicted: Sequence[str]) -> Callable[[Sequence[int]], float]:
+    """"bleu", "chrf" or "ter" as a function of row numbers: each text's counts are made once and summed anew, as sacrebleu's own bootstrap does."""
+    metric = getattr(_library("sacrebleu.metrics"), name.upper())()
+    counts = metric._extract_corpus_statistics(list(predicted), _streams(truth))
+    return lambda drawn: float(metric._aggregate_and_compute([counts[i] for i in drawn]).score / 100)
 
 
 def _rouge_l(truth: References, predicted: Sequence[str]) -> float:
