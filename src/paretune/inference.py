@@ -57,12 +57,15 @@ def tested(run: store.Run) -> Task:
     """The run's task with the test examples that it keeps; where they are no plain text, the whole task from its source.
 
     Raises:
-        DataError: for a source that has changed since.
+        DataError: for a source that has changed since, or a task that was made without one.
     """
     sample = store.read_json(run.folder / "sample.json")
     if sample:
         return dataclasses.replace(task_of(run), test=tasks.Rows(sample))
-    task = tasks.rebuild(run.record["task_definition"])
+    definition = run.record["task_definition"]
+    if "source" not in definition["build"]:
+        raise DataError(f"the task {definition['name']!r} was not read from files, and run {run.id} keeps examples of plain text alone; make it with pt.task")
+    task = tasks.rebuild(definition)
     if task.fingerprint != run.record["task_fingerprint"]:
         raise DataError(f"{task.source} is not the data that run {run.id} was trained on; put the old file back, or run the recipe again")
     return task
@@ -177,12 +180,18 @@ def peak_memory(folders: Sequence[Path]) -> list[Reading]:
         peaks = [peak.over_mb for peak in found]
     except MeterError as error:
         peaks = [missing("MB", str(error)) for _ in folders]
-    return [peak if peak.value is not None else missing("MB", f"{memory.UNFINISHED}: {peak.reason}") for peak in peaks]
+    return [peak if peak.value is not None else missing("MB", _unmeasured(peak.reason)) for peak in peaks]
 
 
-def _one_pass(folder: str) -> None:
+def _unmeasured(reason: str) -> str:
+    """Why a pass has no peak: its test examples are gone, which is not the model's fault, or the model does not work."""
+    _, lost, what = reason.partition(f"{DataError.__name__}: ")
+    return f"the test examples cannot be read again: {what}" if lost else f"{memory.UNFINISHED}: {reason}"
+
+
+def _one_pass(folder: str) -> Callable[[], object]:
+    """Reads the test examples, which may mean the whole task; what it gives back opens the model and answers, and is what counts."""
     run = store.Run.read(folder)
+    rows = list(tested(run).test[:SAMPLE])
     task = task_of(run)
-    model = open_model(run.model, task)
-    examples: Sequence[Any] = store.read_json(run.folder / "sample.json")
-    training.predict(model, task, rows=examples, batch=1)
+    return lambda: training.predict(open_model(run.model, task), task, rows=rows, batch=1)

@@ -205,6 +205,8 @@ def test_peak_memory_of_a_window(resettable: bool, monkeypatch: pytest.MonkeyPat
 def test_peak_memory_of_a_child() -> None:
     peak = memory.child_peak("builtins:bytearray", [50_000_000])
     assert 48 < peak.over_mb.value < 60 and peak.peak_mb.value == pytest.approx(peak.before_mb.value + peak.over_mb.value)
+    prepared = memory.child_peak("builtins:eval", ["lambda examples=bytearray(80_000_000): bytearray(50_000_000)"])
+    assert 48 < prepared.over_mb.value < 60  # what the job prepares before it gives a function back does not count
     with pytest.raises(MeterError, match="division"):
         memory.child_peak("operator:truediv", [1, 0])
     with pytest.raises(MeterError, match="longer than"):

@@ -37,7 +37,10 @@ def _work(job: Callable[..., Any], arguments: list[Any], note: Path) -> None:
     """This copy of the process ends here, whatever happens; what it found, or what went wrong, goes to the parent in a file."""
     try:
         with Peak() as peak:
-            job(*arguments)
+            rest = job(*arguments)
+        if callable(rest):  # the job has prepared what does not count, as reading examples
+            with Peak() as peak:
+                rest()
         reading = peak.reading
         note.write_text(json.dumps({"before_mb": peak.before_mb, "peak_mb": reading.value, "source": reading.source}))
     finally:

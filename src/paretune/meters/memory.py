@@ -86,6 +86,7 @@ def child_peak(target: str, arguments: list[object], *, timeout_s: float = 300.0
 
     Args:
         target: `package.module:function`; importing the module should load the libraries, calling the function the model, which it runs.
+            Where the function gives a function back, only that one is measured.
         arguments: the function's positional arguments, plain JSON values.
         timeout_s: after so many seconds the job is stopped.
 
