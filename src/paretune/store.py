@@ -44,9 +44,7 @@ def written(target: Path) -> Iterator[Path]:
     Raises:
         StoreError: for a full disk or a folder that may not be written.
     """
-    beside = _beside(target)
-    try:
-        _clear(target)
+    with _apart(target) as beside:
         beside.mkdir(parents=True)
         yield beside
         for file in (p for p in beside.rglob("*") if p.is_file()):
@@ -55,15 +53,43 @@ def written(target: Path) -> Iterator[Path]:
         if target.exists():
             shutil.rmtree(target)
         os.replace(beside, target)
+
+
+@contextlib.contextmanager
+def written_file(target: Path) -> Iterator[Path]:
+    """A path to write a file to, which appears as `target` when the block ends without an error, and not at all otherwise.
+
+    Raises:
+        StoreError: for a full disk or a folder that may not be written.
+    """
+    with _apart(target) as beside:
+        yield beside
+        os.replace(beside, target)
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Says in one sentence what kept the block from writing a file or folder.
+
+    Raises:
+        StoreError: for a full disk or a folder that may not be written.
+    """
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise _unwritable(target, error) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
-def _beside(target: Path) -> Path:
-    """Where this process fills what is to become `target`."""
-    return target.with_name(f".{target.name}.{os.getpid()}.part")
+@contextlib.contextmanager
+def _apart(target: Path) -> Iterator[Path]:
+    """Where this process fills what is to become `target`; what is there when the block ends is removed."""
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    with writing(target):
+        _clear(target)
+        try:
+            yield beside
+        finally:
+            _remove(beside)
 
 
 def _clear(target: Path) -> None:
@@ -71,34 +97,37 @@ def _clear(target: Path) -> None:
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         writer = left.name.removeprefix(f".{target.name}.").removesuffix(".part")
         if writer.isdecimal() and (int(writer) == os.getpid() or not psutil.pid_exists(int(writer))):
-            left.unlink(missing_ok=True) if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _unwritable(target: Path, error: Exception) -> StoreError:
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return StoreError(f"{target}: the disk is full; nothing was kept of this folder, free some space and run again with --resume")
+        return StoreError(f"{target}: the disk is full; nothing was kept of it; free some space and run again, a run or frontier with --resume")
     return StoreError(f"{target}: cannot be written ({getattr(error, 'strerror', None) or error}); free some space or choose another --out")
 
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Waits until no other process writes `target`, and keeps others waiting; a killed process frees its lock."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as stream:
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stream = (target.parent / f".{target.name}.lock").open("w")
+    with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, whole."""
-    beside = _beside(path)
-    try:
-        _clear(path)
-        beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+    with written_file(path) as part:
+        part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -12,19 +12,24 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import tiny
 import torch
+from pareto.synthetic import record, records
 from safetensors import SafetensorError
 
 import paretune as pt
 from paretune import backbones, checkpoints, flow, inference, phases, runs, store, training
+from paretune.cli import flags
 from paretune.errors import Diverged, StoreError
 from paretune.meters import protocol
 from paretune.meters.estimate import Estimate, Power
 from paretune.meters.reading import Reading
 from paretune.options import Options, Training
+from paretune.pareto.front import Front
+from paretune.reports import card, page, plot, table
 
 RECIPES = ["lora(r=2)", "lora(r=2) | merge | int8", "full"]
 OPTIONS = Options(Training(epochs=3, batch=8, dtype="fp32"))
@@ -137,15 +142,50 @@ def test_work_begun_before_is_not_taken_over_without_resume(place: Path, tmp_pat
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")])
-def test_a_full_disk_leaves_nothing_half_written(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize("writes", [(phases, "save_model"), (checkpoints, "save_file")], ids=["model", "checkpoint"])
+def test_a_full_disk_leaves_nothing_half_written(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, writes: tuple[ModuleType, str]
+) -> None:
     def full(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(phases, "save_model", full)
+    monkeypatch.setattr(*writes, full)
     with pytest.raises(StoreError, match="the disk is full"):
         pt.run("full", task(place), backbone=str(place / "bert"), out=tmp_path, options=OPTIONS)
-    assert not list(tmp_path.rglob("run.json")) and not list(tmp_path.rglob("phase.json")) and not list(tmp_path.rglob("*.part"))
+    assert not [p for name in ("run.json", "phase.json", f"{checkpoints.PREFIX}*", "*.part") for p in tmp_path.rglob(name)]
     monkeypatch.undo()
+
+
+REPORTS = {
+    "frontier.png": lambda path: plot.save(Front(records()), path),
+    "frontier.html": lambda path: page.save(Front(records()), path),
+    "runs.csv": lambda path: table.save(Front(records()), path),
+    "README.md": lambda path: card.save(record("full"), path.parent),
+    "frontier.json": lambda path: store.write_json(path, {}),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_report_on_a_full_disk_is_one_sentence_and_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / name).write_text("the one before")
+    (tmp_path / f".{name}.{os.getpid()}.part").symlink_to("/dev/full")  # where every write finds no space
+    monkeypatch.setattr(store, "_clear", lambda target: None)
+    with pytest.raises(StoreError, match=rf"{name}: the disk is full; nothing was kept of it"):
+        REPORTS[name](tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "the one before"
+
+
+def test_a_command_on_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags, "command_line", lambda: "paretune run full")
+    (tmp_path / "command.txt").symlink_to("/dev/full")
+    with pytest.raises(StoreError, match="command.txt: the disk is full"):
+        flags.Place("minilm", str(tmp_path), resume=False).record_command()
+
+
+def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(StoreError, match="cannot be written"), store.locked(tmp_path / "out" / "runs" / "x"):
+        pass
 
 
 def test_the_part_of_a_killed_writer_goes_and_that_of_a_living_one_stays(tmp_path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,23 +87,9 @@ def predict(folder: str, rows: str, *, answers: str | None) -> None:
     if answers is None:
         _csv(found, sys.stdout)
         return
-    with _whole(Path(answers)) as file:
+    with store.written_file(Path(answers)) as part, part.open("w", encoding="utf-8", newline="") as file:
         count = _WRITERS[Path(answers).suffix](found, file)
     say(f"{count:,} rows answered: {answers}")
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[IO[str]]:
-    """A file to write, which appears under its name when the block ends without an error, and not at all otherwise."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        os.replace(beside, path)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _csv(answers: Iterator[dict[str, Any]], file: IO[str]) -> int:

@@ -114,7 +114,10 @@ class Place:
 
     def record_command(self) -> None:
         """Appends this command line to `command.txt` in the results folder."""
-        with (Path(self.out) / "command.txt").open("a", encoding="utf-8") as file:
+        from paretune import store
+
+        path = Path(self.out) / "command.txt"
+        with store.writing(path), path.open("a", encoding="utf-8") as file:
             file.write(command_line() + "\n")
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from paretune.errors import StoreError
 from paretune.methods.adapters.surgical import FACT
 from paretune.recipe import parse
-from paretune.store import Run
+from paretune.store import Run, written_file
 
 _TUNED, _OTHER = "#0072B2", "#B8BEC4"
 
@@ -27,7 +27,9 @@ def save(run: Run, path: Path) -> Path:
     Raises:
         StoreError: for a run in which no blocks were ranked.
     """
-    draw(_phase(run)).savefig(path, dpi=160, facecolor="white", metadata={"Software": "paretune"})
+    figure = draw(_phase(run))
+    with written_file(path) as part:
+        figure.savefig(part, format="png", dpi=160, facecolor="white", metadata={"Software": "paretune"})
     return path
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
+from paretune import store
 from paretune.meters.cost import MEASURED, Cost
 from paretune.pareto.records import Record, interval, named, value
 from paretune.reports import words
@@ -21,9 +21,8 @@ print(run.predict(["a new text"]))'''
 def save(record: Record, folder: Path, *, license_id: str | None = None) -> Path:
     """Writes the card of a run into its folder; returns the path."""
     path = folder / "README.md"
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(render(record, license_id=license_id), encoding="utf-8")
-    os.replace(beside, path)
+    with store.written_file(path) as part:
+        part.write_text(render(record, license_id=license_id), encoding="utf-8")
     return path
 
 

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from paretune import store
 from paretune.meters.cost import MEASURED
 from paretune.pareto import records
 from paretune.pareto.budgets import Budget, chosen_on
@@ -28,7 +29,9 @@ _KEPT = ("id", "recipe", "backbone", "seed", "validation_score", "score", "score
 
 def save(front: Front, path: Path, *, budgets: Sequence[Budget] = ()) -> Path:
     """Writes the page, with the best run under each budget; returns the path."""
-    path.write_text(render(front, budgets), encoding="utf-8")
+    text = render(front, budgets)
+    with store.written_file(path) as part:
+        part.write_text(text, encoding="utf-8")
     return path
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from paretune import store
 from paretune.pareto.front import Front
 from paretune.pareto.points import Point
 from paretune.pareto.records import named
@@ -27,7 +28,9 @@ _MOST_LABELS = 24  # above it only the frontier and the reference are named
 
 def save(front: Front, path: Path, *, x: str | None = None) -> Path:
     """Writes the picture as PNG; returns the path."""
-    draw(front, x).savefig(path, dpi=160, facecolor="white", metadata={"Software": "paretune"})
+    figure = draw(front, x)
+    with store.written_file(path) as part:
+        figure.savefig(part, format="png", dpi=160, facecolor="white", metadata={"Software": "paretune"})
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from paretune import store
 from paretune.errors import BudgetError
 from paretune.meters.cost import MEASURED, Cost
 from paretune.pareto import records
@@ -34,13 +34,11 @@ def save(front: Front, path: Path) -> Path:
 
     A text that a spreadsheet would take for a formula gets an apostrophe in front.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")  # a reader never meets half a file
-    with beside.open("w", newline="", encoding="utf-8") as file:
+    with store.written_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for record in front.records:
             writer.writerow({name: _cell(value) for name, value in row(front, record).items()})
-    os.replace(beside, path)
     return path
 
 
