@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from paretune import hub, registry
+from paretune import hub, registry, telemetry
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ _HOME = {
 _MODULES = ("arithmetic",)  # public as modules: `pt.arithmetic.combine(...)`
 
 hub.install()
+telemetry.off()
 
 
 def __getattr__(name: str) -> Any:

@@ -41,7 +41,6 @@ click.version_option(paretune.__version__, message="paretune %(version)s")(app)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """What `paretune` on the command line calls; ends the process with 0, 2 for a mistake of the user, 130 for Ctrl-C."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for noisy in ("torchao", "torch.utils._pytree"):  # torchao tells of its missing extensions when transformers imports it
         logging.getLogger(noisy).setLevel(logging.ERROR)
     sys.exit(_status(list(sys.argv[1:] if arguments is None else arguments) or ["--help"]))

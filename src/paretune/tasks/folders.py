@@ -73,10 +73,7 @@ def _saved(folder: Path) -> dict[str, Table]:
 def _hub(source: str) -> dict[str, Table]:
     """A data set of the hub, or of its cache when HF_HUB_OFFLINE is set. Code from the hub is never run: `datasets` 4 has no way to."""
     import datasets
-    import huggingface_hub
 
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     name, _, config = source.partition(":")
     try:
         return _tables(datasets.load_dataset(name, config or None), source)
