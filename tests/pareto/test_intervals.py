@@ -11,6 +11,7 @@ from scipy.stats import binomtest, t
 from paretune.errors import DataError
 from paretune.pareto.front import Front
 from paretune.pareto.intervals import bootstrap, difference, of_run, over_seeds, resampled, score_interval, wilson
+from paretune.reports import words
 from tests.pareto.synthetic import record
 
 
@@ -134,3 +135,5 @@ def test_a_point_says_what_its_bar_is_over() -> None:
     assert point.interval("score") == pytest.approx((0.5 - half, 0.5 + half)) and "over seeds" in point.summary["score_interval"]
     bare = Front([record("full") | plain | {"score_low": None, "score_high": None, "score_interval": "none: why"}]).all[0]
     assert bare.interval("score") is None and bare.summary["score_interval"] == "none: why"
+    said = words.scoring(Front([record("full") | plain, record("head") | plain | {"score_low": None, "score_interval": "none: why"}]))
+    assert said.endswith("bars are 95 % intervals over test examples (bootstrap of the metric); no bar where there is no interval (why)")
