@@ -9,10 +9,14 @@ import shutil
 import click
 
 from paretune.cli.flags import verb
-from paretune.errors import BackboneError
+from paretune.errors import BackboneError, all_of
 
-# extra -> the distribution it brings
-EXTRAS = {"gpu": "nvidia-ml-py", "image": "pillow", "audio": "soundfile"}
+# extra -> the distributions it brings, as pyproject.toml has them
+_OPTIONAL = {
+    "gpu": ("nvidia-ml-py",), "image": ("pillow",), "audio": ("soundfile",), "onnx": ("onnxruntime", "onnxscript", "onnx"), "text": ("sacrebleu", "rouge-score"),
+}  # fmt: skip
+_PEERS = ("pytest", "pytest-timeout", "pytest-xdist", "peft", "bitsandbytes", "torchao")
+EXTRAS = {**_OPTIONAL, "test": (*_PEERS, *(d for extra, ds in _OPTIONAL.items() if extra != "gpu" for d in ds))}
 DISTRIBUTIONS = ("paretune", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "scikit-learn", "numpy")
 
 
@@ -35,7 +39,7 @@ def doctor() -> None:
     _section("energy meters", {name: why or "here" for name, why in system.meters().items()})
     _section("backbones that ship", {name: _packaged(name) for name in _short_names()})
     _section("versions", {name: _version(name) or "missing: pip install paretune" for name in DISTRIBUTIONS})
-    _section("extras", {e: (v := _version(d)) and f"{d} {v}" or f"{d} is missing: pip install 'paretune[{e}]'" for e, d in EXTRAS.items()})
+    _section("extras", {extra: _extra(extra) for extra in EXTRAS})
 
 
 def _section(title: str, lines: dict[str, str]) -> None:
@@ -49,6 +53,15 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _extra(name: str) -> str:
+    """What an extra brings, with versions, or what is missing of it and how to get it."""
+    versions = {distribution: _version(distribution) for distribution in EXTRAS[name]}
+    missing = [distribution for distribution, version in versions.items() if not version]
+    if missing:
+        return f"{all_of(missing)} {'is' if len(missing) == 1 else 'are'} missing: pip install 'paretune[{name}]'"
+    return ", ".join(f"{distribution} {version}" for distribution, version in versions.items())
 
 
 def _short_names() -> list[str]:
