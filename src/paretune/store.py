@@ -219,7 +219,7 @@ class Run:
         return Cost.from_json(self.record["cost"])
 
     def per_example(self) -> list[float] | None:
-        """1.0 or 0.0 per test example, where the metric is a mean over examples."""
+        """What each test example scores, 1.0 or 0.0 for a right or wrong answer, where the metric is a mean over examples."""
         name = self.record.get("per_example")
         return read_json(self.folder / name) if name else None
 
