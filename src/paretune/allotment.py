@@ -22,7 +22,7 @@ from paretune.roles import Adapter, Modifier, Readout, Transform
 from paretune.tasks import Task
 
 LEAST = 64  # training examples below which no frontier is worth drawing
-PER_RUN_S = 18.0  # opening, saving and measuring one run of a small model; the demo took 14 on 2 cores; an estimate
+PER_RUN_S = 14.0  # opening, saving and measuring one run of a small model on 2 slow cores; an estimate
 RESERVE = 0.9  # of the budget is planned for; the rest is for what a shared machine does meanwhile
 
 
@@ -69,12 +69,16 @@ def allot(plans: Sequence[Plan], budget_s: float, *, report: Callable[[dict[str,
     task, begun = plans[0].task, time.perf_counter()
     each, fixed = 0.0, PER_RUN_S * len(plans)
     learning = {plan.identity(k + 1): (plan, k) for plan in plans for k, phase in enumerate(plan.recipe.phases) if not isinstance(phase[0], Transform)}
-    for i, (plan, k) in enumerate(learning.values()):
-        epochs, seconds, forward = _timed(plan, k)
+    passes = {}
+    for i, (identity, (plan, k)) in enumerate(learning.items()):
+        epochs, seconds, passes[identity] = _timed(plan, k)
         each += seconds
-        fixed += forward * (epochs * training.watched_of(task) + len(task.validation) + len(task.test))
+        fixed += passes[identity] * epochs * training.watched_of(task)
         if report:
             report({"measuring": "training speed", "done": i + 1, "of": len(learning)})
+    for plan in plans:  # each is scored, as fast as what it learned last
+        last = [passes[known] for k in range(len(plan.recipe.phases)) if (known := plan.identity(k + 1)) in passes]
+        fixed += (last[-1] if last else 0.0) * (len(task.validation) + len(task.test))
     fixed += time.perf_counter() - begun
     allowed = int((budget_s * RESERVE - fixed) / each) if each else len(task.train)
     if allowed < LEAST:
@@ -99,7 +103,7 @@ def _timed(plan: Plan, k: int) -> tuple[float, float, float]:
     plain = _batches(plan.task, model, schedule.batch)
     pace = probe.choose(model, plan.task.kind, batch=plain[len(plain) // 2], schedule=schedule)
     seconds = sum(probe.step_seconds(model, plan.task.kind, batch=batch, pace=pace, dropout=schedule.dropout) for batch in plain) / _size(plain)
-    forward = _forward_s(model, plan.task, given=plain, pace=pace)
+    forward = _forward_s(model, plan.task, given=plain)  # as it is saved and scored: in its own number format
     return schedule.epochs, schedule.epochs * seconds + sum(_asked_s(m, plan, schedule, pace) for m in phase if isinstance(m, Modifier)), forward
 
 

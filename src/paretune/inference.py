@@ -23,6 +23,7 @@ from paretune.options import Metering
 from paretune.tasks import Task
 
 SAMPLE = 200  # test examples that a measurement cycles through
+LONGEST = 24  # of them, those in which memory is at its peak
 CHUNK = 256  # rows read, answered and written at a time
 
 
@@ -190,8 +191,15 @@ def _unmeasured(reason: str) -> str:
 
 
 def _one_pass(folder: str) -> Callable[[], object]:
-    """Reads the test examples, which may mean the whole task; what it gives back opens the model and answers, and is what counts."""
+    """Reads the test examples, which may mean the whole task; what it gives back opens the model and answers the longest, and is what counts."""
     run = store.Run.read(folder)
     rows = list(tested(run).test[:SAMPLE])
     task = task_of(run)
-    return lambda: training.predict(open_model(run.model, task), task, rows=rows, batch=1)
+
+    def answered() -> None:
+        model = open_model(run.model, task)
+        lengths = [task.kind.length(encoding) for encoding in training.encode(task, rows, model=model)]
+        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:LONGEST] if len(lengths) == len(rows) else range(len(rows))
+        training.predict(model, task, rows=[rows[i] for i in longest], batch=1)
+
+    return answered

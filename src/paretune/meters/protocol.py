@@ -36,7 +36,7 @@ class Protocol:
     shuffled: bool  # a random order each round, else there and back
 
 
-QUICK = Protocol("quick", window_s=2.0, window_n=200, windows=3, warm_s=2.0, search_s=3.0, idle_s=2.0, idle_each=False, shuffled=False)
+QUICK = Protocol("quick", window_s=2.0, window_n=200, windows=3, warm_s=2.0, search_s=2.0, idle_s=2.0, idle_each=False, shuffled=False)
 FULL = Protocol("full", window_s=60.0, window_n=1000, windows=5, warm_s=5.0, search_s=math.inf, idle_s=30.0, idle_each=True, shuffled=True)
 PROTOCOLS = {protocol.name: protocol for protocol in (QUICK, FULL)}
 
