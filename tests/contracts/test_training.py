@@ -213,7 +213,7 @@ def test_the_checkpoint_of_another_training_is_refused(tmp_path):
     with pytest.raises(Killed):
         work.fitted(adapted(), work.text_task(), folder=tmp_path, report=killed_at(4))
     with pytest.raises(StoreError, match="another training"):
-        work.fitted(adapted(method=LoRA(r=2, targets="linear")), work.text_task(), folder=tmp_path)
+        work.fitted(adapted(method=LoRA(r=2, targets="attention")), work.text_task(), folder=tmp_path)
 
 
 def test_a_checkpoint_holds_no_pickle(tmp_path):

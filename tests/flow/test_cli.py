@@ -166,7 +166,7 @@ def test_run(place, tmp_path, monkeypatch):
     assert run.recipe == "lora(r=2) | merge" and run.record["seed"] == 0
     assert re.search(rf"^test accuracy +{run.score:.3f} \[", said.out, re.MULTILINE) and str(run.folder) in said.out
     assert "(estimate)" in said.out and "paretune predict" in said.out and "transformers" in said.out
-    assert run.cost.trainable_parameters == 2 * 4 * 2 * 2 * 16 and run.cost.peak_memory_mb > 0
+    assert run.cost.trainable_parameters == 2 * 2 * (4 * (16 + 16) + 2 * (16 + 32)) and run.cost.peak_memory_mb > 0
     assert re.search(r"^phase 1/2 epoch 1/1, loss \d", said.err, re.MULTILINE)
     assert (tmp_path / "out" / "command.txt").read_text().startswith("paretune run 'lora(r=2) | merge'")
 

@@ -429,7 +429,7 @@ def test_a30_counts_are_of_numbers_and_not_of_bytes():
         empty = type(plain)(plain.config)
     for model in (plain, packed, empty):
         surgery.attach(model, [LoRA(r=2)], head=False)
-    assert surgery.count(plain) == surgery.count(packed) == surgery.count(empty) == (2 * 4 * 2 * (16 + 16), 0)
+    assert surgery.count(plain) == surgery.count(packed) == surgery.count(empty) == (2 * 2 * (4 * (16 + 16) + 2 * (16 + 32)), 0)
 
 
 # --- T: trainers and serving ------------------------------------------------------------------------------------------------------

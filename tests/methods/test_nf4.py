@@ -165,7 +165,7 @@ def test_a_merge_that_is_refused_changes_nothing():
     assert steps.same(before, steps.tensors(model))
 
 
-COMPOSE = ['nf4 | lora(targets="linear")', "nf4 | ia3", "nf4 | lora | merge | nf4", "nf4 | vocabulary", "cast | nf4 | lora", "lora | nf4 | lora"]
+COMPOSE = ["nf4 | lora", "nf4 | ia3", "nf4 | lora | merge | nf4", "nf4 | vocabulary", "cast | nf4 | lora", "lora | nf4 | lora"]
 
 
 @pytest.mark.parametrize("text", COMPOSE)
