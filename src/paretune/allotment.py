@@ -23,7 +23,7 @@ from paretune.tasks import Task
 
 LEAST = 64  # training examples below which no frontier is worth drawing
 PER_RUN_S = 14.0  # opening, saving and measuring one run of a small model on 2 slow cores; an estimate
-RESERVE = 0.9  # of the budget is planned for; the rest is for what a shared machine does meanwhile
+RESERVE = 0.88  # of the budget is planned for; the rest is for what a shared machine does meanwhile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _timed(plan: Plan, k: int) -> tuple[float, float, float]:
     plain = _batches(plan.task, model, schedule.batch)
     pace = probe.choose(model, plan.task.kind, batch=plain[len(plain) // 2], schedule=schedule)
     seconds = sum(probe.step_seconds(model, plan.task.kind, batch=batch, pace=pace, dropout=schedule.dropout) for batch in plain) / _size(plain)
-    forward = _forward_s(model, plan.task, given=plain)  # as it is saved and scored: in its own number format
+    forward = _forward_s(model, plan.task, given=plain, pace=pace)
     return schedule.epochs, schedule.epochs * seconds + sum(_asked_s(m, plan, schedule, pace) for m in phase if isinstance(m, Modifier)), forward
 
 
