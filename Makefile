@@ -31,7 +31,7 @@ bench: .venv/ready  ## side by side with peft; slow, not part of the tests
 
 .venv-oracles/ready: constraints.txt
 	test -x .venv-oracles/bin/python || $$(command -v $(PYTHON) || command -v python3) -m venv .venv-oracles
-	.venv-oracles/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" adapters==1.3.0
+	.venv-oracles/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" adapters==1.3.0 accelerate
 	touch $@
 
 oracles: .venv-oracles/ready  ## fixtures of tests/parity from the adapters library, which needs an older transformers

@@ -4,6 +4,7 @@
 
 Every method of every library gets the same tuning: four learning rates on SST-2, one seed, chosen on validation, then used on all
 tasks. Needs the folder of data sets (`benchmarks/data.py`); the `adapters` library runs in its own environment (`make oracles`).
+The peers get the number format and the length grouping that paretune takes by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from benchmarks.cells import Cell, Table
 
 TASKS = ("sst2", "cola", "mrpc", "rte", "stsb", "trec6")
 SEEDS = (0, 1, 2)
-TRAIN, VALIDATION, TEST, EPOCHS, BATCH, LONGEST = 800, 200, 500, 3, 32, 128
+TRAIN, VALIDATION, TEST, EPOCHS, BATCH, LONGEST = 600, 200, 500, 2, 16, 128
 WHOLE, ADDED, PROMPTS = (5e-5, 1e-4, 2e-4, 4e-4), (3e-4, 1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2, 1e-1)  # the rates tried
 METHODS: dict[str, tuple[str, tuple[float, ...]]] = {  # recipe, rates tried
     "full": ("full", WHOLE), "top layers": ("top_layers(k=2)", WHOLE), "head": ("head", ADDED), "bitfit": ("bitfit", ADDED), "ia3": ("ia3", ADDED),
@@ -84,13 +85,16 @@ def best_rate(name: str, tried: tuple[float, ...]) -> float:
 def _one(name: str, task: str, seed: int, lr: float) -> dict[str, Any]:
     given = data.task(task, train=TRAIN, validation=VALIDATION, test=TEST, seed=seed)
     if name in METHODS:
-        return {"lr": lr, **data.one_run(METHODS[name][0], given, seed=seed, epochs=EPOCHS, lr=lr)}
+        return {"lr": lr, **data.one_run(METHODS[name][0], given, seed=seed, epochs=EPOCHS, lr=lr, batch=BATCH)}
     return {"lr": lr, **_peer(PEERS[name], given, seed, lr)}
 
 
 def _peer(peer: tuple[str, str, dict[str, Any], tuple[float, ...]], given: Any, seed: int, lr: float) -> dict[str, Any]:
     """A peer's figures, scored by the same metric: validation and test rows are predicted together and parted here."""
+    import torch
+
     from paretune import backbones, tasks
+    from paretune.meters import system
 
     library, config, arguments, _ = peer
     columns = [given.columns["text"], given.columns.get("pair")]
@@ -101,10 +105,10 @@ def _peer(peer: tuple[str, str, dict[str, Any], tuple[float, ...]], given: Any, 
         "texts": {split: [[row[c] if c else None for c in columns] for row in rows] for split, rows in asked.items()},
         "labels": {split: [given.labels.index(row[label]) if given.labels else float(row[label]) for row in rows] for split, rows in asked.items()},
         "lr": lr, "epochs": EPOCHS, "batch": BATCH, "seed": seed, "max_length": LONGEST,
+        "bf16": system.fastest_dtype().dtype == "bf16",
     }  # fmt: skip
     found = peers.ask(job, python=INTERPRETERS[library])
-    answers = [p if given.labels else p[0] for p in found.pop("predictions")]
-    found.pop("truth")
+    answers = [torch.tensor(p).softmax(-1).tolist() if given.labels else p[0] for p in found.pop("predictions")]
     split = len(given.validation)
     return found | {
         "seed": seed, "metric": given.metric, "score": tasks.score(given, answers[split:], rows=given.test),
@@ -125,7 +129,7 @@ def page(table: Table) -> str:
     return f"""# Adapting MiniLM to six tasks
 
 Test scores in percent (accuracy; Matthews for CoLA, Pearson for STS-B): the mean over {len(SEEDS)} seeds, with the lowest and the highest. {TRAIN} training
-texts, {EPOCHS} epochs, {TEST} test texts; the learning rate of every method of every library is the best of four on SST-2's validation split (one
+texts, {EPOCHS} epochs in batches of {BATCH}, {TEST} test texts; the learning rate of every method of every library is the best of four on SST-2's validation split (one
 seed) and is used on all tasks. Where a method needs many more steps than these, that shows.
 
 {cells.markdown(["method", *TASKS], scores)}

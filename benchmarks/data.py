@@ -44,17 +44,15 @@ def few(rows: Any, n: int | None) -> Any:
     return type(rows)(rows[i] for i in kept)
 
 
-def one_run(recipe: str, given: Task, *, seed: int = 0, backbone: str = "minilm", epochs: float | None = None, lr: float | None = None) -> dict[str, Any]:
-    """The figures of one recipe on one task, trained and scored; inference is not measured."""
+def one_run(recipe: str, given: Task, *, seed: int = 0, backbone: str = "minilm", **training: Any) -> dict[str, Any]:
+    """The figures of one recipe on one task, trained (`options.Training` has the words) and scored; inference is not measured."""
     with tempfile.TemporaryDirectory() as out:
-        return figures(finished(recipe, given, out=out, seed=seed, backbone=backbone, epochs=epochs, lr=lr), given)
+        return figures(finished(recipe, given, out=out, seed=seed, backbone=backbone, **training), given)
 
 
-def finished(
-    recipe: str, given: Task, *, out: str, seed: int = 0, backbone: str = "minilm", epochs: float | None = None, lr: float | None = None
-) -> Run:  # fmt: skip
+def finished(recipe: str, given: Task, *, out: str, seed: int = 0, backbone: str = "minilm", **training: Any) -> Run:
     """The run itself, for as long as its folder stands."""
-    plans = flow.plan_frontier(given, backbone=backbone, recipes=[recipe], seeds=seed + 1, out=out, options=Options(Training(epochs=epochs, lr=lr)))
+    plans = flow.plan_frontier(given, backbone=backbone, recipes=[recipe], seeds=seed + 1, out=out, options=Options(Training(**training)))
     text, plan = plans[-1]
     return runs.make(plan, text)
 

@@ -1,10 +1,11 @@
-"""The same tasks in other libraries, as their documentation shows it: their model, their configuration, transformers' Trainer.
+"""The same tasks in other libraries: their model, their configuration, transformers' Trainer, given the number format and the
+length grouping that paretune takes by itself (what they need without, `benchmarks/vs_peft.py` measures).
 
     python benchmarks/peers.py < job.json        prints one line of JSON; run by the interpreter that has the library
 
 A job holds `library` ("peft" or "adapters"), `config` (the name of its configuration class) and `arguments`, `source` (folder of the
 backbone), `texts` ([first, second or null] per row and split), `labels` per split, `outputs` (number of classes; 1 is regression),
-`lr`, `epochs`, `batch`, `seed`, `max_length`. It imports nothing of paretune, since `adapters` needs an older transformers.
+`lr`, `epochs`, `batch`, `seed`, `max_length`, `bf16`. It imports nothing of paretune, since `adapters` needs an older transformers.
 """
 
 from __future__ import annotations
@@ -49,21 +50,31 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder, per_device_train_batch_size=job["batch"], num_train_epochs=job["epochs"], learning_rate=job["lr"], report_to=[],
-            save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True, weight_decay=0.01, seed=job["seed"],
+            save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True, weight_decay=0.01, seed=job["seed"], bf16=job["bf16"],
+            per_device_eval_batch_size=64, **_grouping(TrainingArguments),
         )  # fmt: skip
         trainer = trainer_class(model=model, args=arguments, train_dataset=rows["train"], data_collator=DataCollatorWithPadding(tokenizer))
         wall, cpu = time.perf_counter(), time.process_time()
         trainer.train()
         seconds, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        answers = trainer.predict(rows["test"])
+        arguments = TrainingArguments(output_dir=folder, use_cpu=True, disable_tqdm=True, report_to=[], bf16=job["bf16"], per_device_eval_batch_size=64)
+        order = sorted(range(len(rows["test"])), key=lambda i: len(rows["test"][i]["input_ids"]))  # little padding here, too
+        trainer = trainer_class(model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer))
+        answers = trainer.predict([rows["test"][i] for i in order])
     learns = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     head = sum(size for n, size in learns.items() if any(word in n for word in ("classifier", "pooler", "heads.")))
+    predictions = dict(zip(order, torch.as_tensor(answers.predictions).tolist(), strict=True))
     return {
-        "predictions": torch.as_tensor(answers.predictions).tolist(), "truth": torch.as_tensor(answers.label_ids).tolist(), "train_s": seconds,
+        "predictions": [predictions[i] for i in range(len(order))], "train_s": seconds,
         "train_cpu_s": cpu, "process_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "head_parameters": head,
         "trainable_parameters": sum(learns.values()) - head,
         "versions": {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", job["library"])},
     }  # fmt: skip
+
+
+def _grouping(arguments: type) -> dict[str, Any]:
+    """The argument that groups training texts by length, as this version of transformers calls it."""
+    return {"group_by_length": True} if "group_by_length" in arguments.__dataclass_fields__ else {"train_sampling_strategy": "group_by_length"}
 
 
 def _rows(tokenizer: Any, job: dict[str, Any], split: str) -> list[dict[str, Any]]:
