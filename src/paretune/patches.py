@@ -8,10 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from paretune import attention
 from paretune.anatomy import Site
+
+
+def fitting(x: Tensor, weight: Tensor) -> Tensor:
+    """x as a linear map with this weight takes it: in the weight's number format, and as it is under autocast, which casts by itself."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
 
 
 class Patch(nn.Module):

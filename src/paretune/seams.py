@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from paretune import anatomy, attention
 from paretune.anatomy import Site
-from paretune.patches import Patch, Selected
+from paretune.patches import Patch, Selected, fitting
 
 if TYPE_CHECKING:
     from paretune.roles import Adapter
@@ -36,7 +36,7 @@ RANGES = "steps"  # the name of the step sizes that `qat` learned; they belong t
 
 def openness(x: Tensor, gate: Tensor) -> Tensor:
     """σ(w·x + b) of each token: (B, T, I) to (B, T, 1); the gate (I + 1) holds w and, last, b."""
-    return torch.sigmoid(F.linear(x.to(gate.dtype), gate[None, :-1], gate[-1:]))
+    return torch.sigmoid(F.linear(fitting(x, gate), gate[None, :-1], gate[-1:]))
 
 
 class Seam(nn.Module):

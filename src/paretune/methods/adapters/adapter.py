@@ -22,7 +22,7 @@ from paretune import anatomy
 from paretune.anatomy import Site
 from paretune.card import Card, knob
 from paretune.roles import Adapter as AdapterRole
-from paretune.seams import Patch, openness
+from paretune.seams import Patch, fitting, openness
 
 PLACES = {"houlsby": "attention_block ffn_block", "pfeiffer": "ffn_block", "parallel": "ffn_block"}  # lin: each layer
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -86,7 +86,7 @@ class Bottleneck(Patch):
             self.gate = nn.Parameter(torch.zeros(site.in_features + 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        source = (x if self.parallel else y).to(self.down.weight.dtype)
+        source = fitting(x if self.parallel else y, self.down.weight)
         if "norm" in self._modules:
             source = self.norm(source)
         update: Tensor = self.up(self.sigma(self.down(source)))  # (B, T, d) -> (B, T, m) -> (B, T, d)

@@ -21,7 +21,7 @@ from paretune import anatomy
 from paretune.anatomy import Site
 from paretune.card import Card, knob
 from paretune.roles import Adapter
-from paretune.seams import Patch, openness
+from paretune.seams import Patch, fitting, openness
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -75,7 +75,7 @@ class LowRank(Patch):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training)
-        update = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)  # (B, T, I) -> (B, T, r) -> (B, T, O)
+        update = F.linear(F.linear(fitting(x, self.A), self.A), self.B)  # (B, T, I) -> (B, T, r) -> (B, T, O)
         return y + self.scale * update.to(y.dtype)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
