@@ -1,6 +1,6 @@
 """Methods by tasks: MiniLM adapted to six real tasks by every adapter here, and by the two libraries that have many of them.
 
-    python -m benchmarks.adaptation [--hours 2] [--part 1/2] [--only sst2]
+    python -m benchmarks.adaptation [--hours 2] [--only sst2]
 
 Every method of every library gets the same tuning: four learning rates on SST-2, one seed, chosen on validation, then used on all
 tasks. Needs the folder of data sets (`benchmarks/data.py`); the `adapters` library runs in its own environment (`make oracles`).
@@ -74,11 +74,11 @@ def best_rate(name: str, tried: tuple[float, ...]) -> float:
     """The rate with the best validation score on SST-2.
 
     Raises:
-        SystemExit: where one of them was not tried.
+        NotYetError: where one of them was not tried.
     """
     found = {lr: TABLE.found(_tuning(name, lr)) for lr in tried}
     if None in found.values():
-        raise SystemExit(f"{name} is not tuned yet; run the cells 'tune {name} ...' first (--only 'tune {name}')")
+        raise cells.NotYetError
     return max(tried, key=lambda lr: found[lr]["validation_score"])  # type: ignore[index]
 
 

@@ -1,27 +1,34 @@
 """Tables filled cell by cell: one committed file per cell, resumable, and the page made from the files alone.
 
-    python -m benchmarks.<table> [--hours 2] [--part 1/2] [--only TEXT]    fills missing cells, then writes docs/<table>.md
-    python -m benchmarks.<table> --table                                    writes the page only
+    python -m benchmarks.<table> [--hours 2] [--only TEXT]    fills missing cells, then writes docs/<table>.md
+    python -m benchmarks.<table> --table                      writes the page only
 
-A cell that was not run reads 'not run'. `--part 1/2` takes every second cell, so that two processes can share a table.
+A cell that was not run reads 'not run'. Several processes may fill one table: each takes a cell that no other is at.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import re
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 NOT_RUN = "not run"
+
+
+class NotYetError(Exception):
+    """A cell that needs others first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +59,27 @@ class Table:
         """The command line of a table."""
         parser = argparse.ArgumentParser(description=f"Fills the table {self.name}.")
         parser.add_argument("--hours", type=float, default=1.0, help="begin no cell after so many hours")
-        parser.add_argument("--part", default="1/1", help="which share of the cells, as in 1/2")
         parser.add_argument("--only", default="", help="cells whose name holds this text")
         parser.add_argument("--table", action="store_true", help="write the page from the files alone")
         asked = parser.parse_args()
-        mine, of = map(int, asked.part.split("/"))
         until = 0.0 if asked.table else time.monotonic() + 3600 * asked.hours
-        for i, cell in enumerate(self.cells()):
-            if i % of == mine - 1 and asked.only in cell.name and not self.file(cell.name).is_file() and time.monotonic() < until:
-                self.fill(cell)
+        for cell in self.cells():
+            if asked.only in cell.name and time.monotonic() < until:
+                with self._alone(cell.name) as free, contextlib.suppress(NotYetError):
+                    if free and not self.file(cell.name).is_file():
+                        self.fill(cell)
         (ROOT / "docs" / f"{self.name}.md").write_text(self.page(self))
+
+    @contextlib.contextmanager
+    def _alone(self, cell: str) -> Iterator[bool]:
+        """Is no other process at this cell? None will be inside the block; a killed process holds nothing."""
+        with open(Path(tempfile.gettempdir()) / f"paretune-{self.name}-{self.file(cell).stem}.lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
 
     def fill(self, cell: Cell) -> None:
         """Runs a cell and keeps its figures, with the day and the commit."""

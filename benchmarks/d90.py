@@ -1,6 +1,6 @@
 """How hard is MRPC for MiniLM: how many numbers have to learn, for 90 % of full fine-tuning's score?
 
-    python -m benchmarks.d90 [--hours 1] [--part 1/2]
+    python -m benchmarks.d90 [--hours 1]
 
 A cell is `pt.d90` with one dimension. Full fine-tuning, which each is compared with, runs once for the cells of one seed that are
 filled together. Aghajanyan et al. 2020, arXiv:2012.13255, table 1. Needs the folder of data sets (`benchmarks/data.py`).

@@ -1,6 +1,6 @@
 """Learning to learn: intents of BANKING77 that were never trained on, told apart after five examples of each.
 
-    python -m benchmarks.episodes [--hours 1] [--part 1/2]
+    python -m benchmarks.episodes [--hours 1]
 
 57 intents are for the start, 20 are held out, in four groups of five. A start is MiniLM as it is, or trained on the 57: plainly, by
 MAML or by Reptile. From each start every group is learned from 25 texts, by a few steps of `full` or by `prototypes`. The starts made

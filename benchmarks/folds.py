@@ -1,6 +1,6 @@
 """Do adapters reach full fine-tuning? stdlib-topics in five rotated hash splits, so that every text is tested once.
 
-    python -m benchmarks.folds [--hours 2] [--part 1/2]
+    python -m benchmarks.folds [--hours 2]
 
 Every method has its card's own learning rate and the same epochs; the epoch is chosen on validation. The difference to
 `full` is paired over the test texts of all folds, with a bootstrap interval.

@@ -1,6 +1,6 @@
 """Tables of recipes by tasks: few examples, little data, ranks and places of LoRA, prompts, causal models.
 
-    python -m benchmarks.grids few-shot [--hours 1] [--part 1/2]       (or defaults, low-data, lora-ranks, prompts, causal)
+    python -m benchmarks.grids few-shot [--hours 1]       (or defaults, low-data, lora-ranks, prompts, causal)
 
 Needs the folder of data sets (`benchmarks/data.py`). Rates are the cards' own; nothing is chosen on the test rows.
 """

@@ -1,6 +1,6 @@
 """RAFT: real few-shot tasks with 50 labeled rows each. Their test labels are hidden, so the 50 rows are tested on themselves.
 
-    python -m benchmarks.raft [--hours 1] [--part 1/2] [--only overruling]
+    python -m benchmarks.raft [--hours 1] [--only overruling]
 
 5 x 5-fold: five times, the rows of every class are shuffled and dealt into five folds, each of which is tested once by a model trained
 on the other 40. The score is RAFT's, macro F1, over the 50 answers of a round. Alex et al. 2021, arXiv:2109.14076. There are no

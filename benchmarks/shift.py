@@ -1,6 +1,6 @@
 """Which layers should change? A model of SST-2, adapted with few texts to a shift of the data or of the labels.
 
-    python -m benchmarks.shift [--hours 1] [--part 1/2]
+    python -m benchmarks.shift [--hours 1]
 
 The domain shifts from film reviews to phrases of the news (MPQA); the labels shift where SST-2's own are swapped. Lee et al. 2022,
 arXiv:2210.11466, find that a shift of the labels asks for the last layers and one of the inputs for the first. The model of SST-2 is
