@@ -25,7 +25,7 @@ FLAGS: dict[str, click.Parameter] = {
     for param in (
         Argument(["recipe"], help="Phases of methods, as in 'lora(r=8) | merge | int8'."),
         Argument(["data"], required=False, help="A csv, tsv, jsonl or parquet file, a folder, or a hub id."),
-        Option(["--task"], metavar="NAME", help="A built-in task in place of DATA: stdlib-topics."),
+        Option(["--task"], metavar="NAME", help="A built-in task in place of DATA: stdlib-topics, listops, listops-short or pathfinder-32."),
         Option(["--text"], metavar="COLUMN", help="The input column; a,b for a pair of texts."),
         Option(["--label"], metavar="COLUMN", help="The answer's column; without one a language model is trained."),
         Option(["--kind"], metavar="KIND", help="The kind of task, where the values leave it open: classification, regression, tokens, ..."),
@@ -96,12 +96,12 @@ class Data:
     def open(self) -> Task:
         """The task, read and checked."""
         from paretune import tasks
-        from paretune.tasks.stdlib_topics import NAME
+        from paretune.tasks.built_in import TASKS
 
-        if self.task and self.task != NAME:
-            raise DataError(unknown("task", self.task, allowed=[NAME]))
+        if self.task and self.task not in TASKS:
+            raise DataError(unknown("task", self.task, allowed=TASKS))
         stated = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("data", "task")}
-        return tasks.task(self.data or NAME, **stated)
+        return tasks.task(self.data or self.task or "", **stated)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -169,12 +169,12 @@ def machine(environment: dict[str, Any]) -> str:
 
 def command(record: Record) -> str:
     """The command line that runs this run again; every part is quoted for a POSIX shell."""
-    from paretune.tasks.stdlib_topics import NAME
+    from paretune.tasks.built_in import TASKS
 
     build = record.get("task_definition", {}).get("build", {})
     stated = [(name, build.get(name)) for name in ("text", "label", "kind", "metric", "validation", "test", "split")]
     source = build.get("source") or record["task"]
-    where = ["--task", source] if source == NAME else [source]
+    where = ["--task", source] if source in TASKS else [source]
     cut = next((step[1] for step in build.get("then", []) if step[0] == "subset"), None)
     flags = [*stated, ("max-train", cut), *_training(record), ("backbone", record["backbone"]), ("seed", record["seed"])]
     options = [part for name, value in flags if value is not None for part in (f"--{name}", str(value))]

@@ -30,7 +30,7 @@ def task(
 
     Args:
         source: a csv, tsv, jsonl, json, parquet or txt file (also .gz); a folder saved by `datasets`; a folder of images or wav files,
-            one sub-folder per class; a hub id (`"owner/name"`, with a configuration `"owner/name:config"`); or "stdlib-topics".
+            one sub-folder per class; a hub id (`"owner/name"`, with a configuration `"owner/name:config"`); or a name of `built_in.TASKS`, as "stdlib-topics".
         text: the input column; "a,b" for a pair; "question,choices" or "question,choice1,choice2" for multiple choice.
         label: the answer's column; several columns of 0 and 1 make a multi-label task; none makes language modeling.
         kind: a name of `tasks.kinds.KINDS`; read off the values where not stated.

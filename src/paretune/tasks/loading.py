@@ -9,7 +9,7 @@ from pathlib import Path
 
 from paretune.errors import DataError, unknown
 from paretune.tasks import columns as cols
-from paretune.tasks import folders, metrics, splits, stdlib_topics
+from paretune.tasks import built_in, folders, metrics, splits
 from paretune.tasks.definition import SPLITS, Row, Rows, Task
 from paretune.tasks.kinds import Kind
 from paretune.tasks.kinds.base import class_name, missing
@@ -36,8 +36,8 @@ def load(request: Request) -> Task:
     Raises:
         DataError: as `pt.task`.
     """
-    if request.source == stdlib_topics.NAME:
-        return _stdlib_topics(request)
+    if request.source in built_in.TASKS:
+        return _built_in(request)
     tables = _open(request)
     first = next(iter(tables.values()))
     text, label = cols.default_columns(first, text=request.text, label=request.label)
@@ -70,19 +70,20 @@ def _name(source: str) -> str:
     return path.absolute().parent.name if stem.lower() in folders.SPLIT_NAMES and path.absolute().parent.name else stem or source
 
 
-def _stdlib_topics(request: Request) -> Task:
-    """The built-in task; its columns and splits are fixed."""
+def _built_in(request: Request) -> Task:
+    """A task that is made here; its columns and splits are fixed."""
     stated = [f.name for f in dataclasses.fields(request) if f.name not in ("source", "metric") and getattr(request, f.name) is not None]
     if stated:
-        raise DataError(f"{stdlib_topics.NAME} is built in: it takes no {stated[0]}")
-    kind, columns, rows = cols.kind_class("classification")(), {"text": "text", "label": "module"}, stdlib_topics.rows()
+        raise DataError(f"{request.source} is built in: it takes no {stated[0]}")
+    made = built_in.TASKS[request.source]
+    kind, columns, rows = cols.kind_class("classification")(), {"text": "text", "label": made.label}, made.rows()
     metric = request.metric or kind.metric
     metrics.check(metric, kind.name)
     sides = splits.by_hash([kind.key(columns, row) for row in rows])
-    made = {name: Rows(row for row, side in zip(rows, sides, strict=True) if side == name) for name in SPLITS}
+    parts = {name: Rows(row for row, side in zip(rows, sides, strict=True) if side == name) for name in SPLITS}
     return Task(
-        stdlib_topics.NAME, kind, columns, kind.labels(columns, rows), metric, **made,
-        source=request.source, version=stdlib_topics.version(), build=dataclasses.asdict(request),
+        request.source, kind, columns, kind.labels(columns, rows), metric, **parts,
+        source=request.source, version=made.version(), build=dataclasses.asdict(request),
     )  # fmt: skip
 
 
