@@ -111,7 +111,7 @@ def sites(model: Any, spec: str | Sequence[str], *, asked_by: str) -> list[anato
     for site in found:
         if not anatomy.calls_attention(type(model.get_submodule(site.path))):
             raise Incompatible(
-                f"{asked_by}: {type(model).__name__} computes attention in its own code, where no further keys and values can enter; "
+                f"{asked_by}: {type(model).__name__} computes attention in its own code, where nothing can enter; "
                 "use a method that works on linear maps or on the input, such as lora or prompt"
             )
     return found

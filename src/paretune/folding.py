@@ -61,7 +61,7 @@ def _refuse_tied(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _fold(here: State, path: str, module: nn.Module, seam: Seam) -> None:
-    patches = [p for adapter, _, p in seam.patches() if not isinstance(p, Selected) and adapter not in (seams.READOUT, seams.RANGES)]
+    patches = [p for adapter, _, p in seam.patches() if not isinstance(p, Selected) and adapter not in seams.OWN]
     for tensor, value in (seams.effective(module, patches) if patches else {}).items():
         parameter = getattr(module, tensor)
         here.merged.append((path, tensor, parameter.data))

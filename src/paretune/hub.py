@@ -109,6 +109,8 @@ def rebuild(model: Any, wanted: dict[str, Any]) -> None:
         for method in here.adapters[name]:
             if method.role == "adapter":
                 surgery.share(model, name, method=method)
+    for text in dict.fromkeys(item["method"] for item in wanted["patches"] if item["adapter"] == seams.ATTENTION):
+        surgery.share(model, seams.ATTENTION, method=_method(text))
     for item in wanted["patches"]:
         site = Site(**{**item["site"], "rows": _long(item["site"]["rows"])})
         patch = surgery.install(model, item["adapter"], method=_method(item["method"]), site=site, key=item["key"])

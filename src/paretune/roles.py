@@ -36,6 +36,7 @@ class Trail:
     ranges: Modifier | None = None  # the qat whose step sizes wait to become codes
     embeddings: str = "float"  # the format of the token embedding, where a transform packed it
     readout: Readout | None = None  # how the answer is read, where that is not a trained head
+    attention: str = ""  # the spelling of the transform that replaced the attention
 
     def replace(self, **changes: Any) -> Trail:
         return dataclasses.replace(self, **changes)
@@ -109,6 +110,7 @@ class Adapter(Method):
     additive: ClassVar[bool] = False  # does it only add to an output? then each row of a batch may have its own
     selects: ClassVar[bool] = False  # does it train parameters the backbone already has?
     reweighs: ClassVar[bool] = False  # does the model compute with changed weights, so that they must stay as they are?
+    attends: ClassVar[bool] = False  # does it act inside the attention call?
 
     def follow(self, trail: Trail) -> Trail:
         if trail.weights != "float" and not (trail.carries and not (self.selects or self.reweighs)):
@@ -116,6 +118,8 @@ class Adapter(Method):
                 f"{trail.by} | {self!r}: {self.spelling()} needs float weights to train on, and {trail.by} left {trail.weights}; "
                 f"put {trail.by} after it"
             )
+        if self.attends and trail.attention:
+            raise Incompatible(f"{trail.attention} | {self!r}: {self.spelling()} acts inside the attention that {trail.attention} replaced; use lora or adapter")
         return trail.replace(attached=(*trail.attached, self))
 
     def chosen(self, model: nn.Module, examples: Examples | None) -> tuple[Adapter, dict[str, float]]:

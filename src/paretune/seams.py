@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 CHILD = "paretune"
 READOUT = "readout"  # the name under which a readout's patches stand; they belong to the head, and no switch turns them off
 RANGES = "steps"  # the name of the step sizes that `qat` learned; they belong to the weights, and no switch turns them off
+ATTENTION = "efficient"  # the name of attention by other means (`efficient.py`); it belongs to the model, and no switch turns it off
+OWN = (READOUT, RANGES, ATTENTION)  # what belongs to the model or its head, and to no adapter
 
 
 def openness(x: Tensor, gate: Tensor) -> Tensor:
@@ -76,8 +78,9 @@ class Seam(nn.Module):
         group.add_module(f"{key}_{number + 1}" if number else key, patch)
 
     def attending(self, adapters: Sequence[str | None] | None = None) -> list[Patch]:
-        """The patches that act in the module's attention call: of the given adapters, or of all that are at work."""
-        return [p for _, _, p in self.patches(self._serving() if adapters is None else adapters) if p.attends]  # type: ignore[arg-type]
+        """The patches that act in the module's attention call, innermost first: of the given adapters, or of all that are at work."""
+        names = self._serving() if adapters is None else adapters
+        return [p for group in ((ATTENTION,), names) for _, _, p in self.patches(group) if p.attends]  # type: ignore[arg-type]
 
     def _serving(self) -> tuple[str, ...]:
         return self.active if self.rows is None else tuple(dict.fromkeys(n for n in self.rows if n is not None))
@@ -95,7 +98,7 @@ class Seam(nn.Module):
             forward = _reweighed(forward, inside, ranges)
         for around in self._wrapping(names):
             forward = functools.partial(around, forward)
-        if any(p.attends for _, p in patches):
+        if self.attending():
             kwargs = {**kwargs, attention.INPUT: _first_input(args, kwargs)}
         working = [(a, p) for a, p in patches if not (p.wraps or p.attends or p in inside)]
         return self._patched(working, forward, args, kwargs) if working else forward(*args, **kwargs)
@@ -283,8 +286,8 @@ def close_if_empty(module: nn.Module) -> None:
 
 
 def keep_own(module: nn.Module, seam: Seam) -> None:
-    """Lets the module go on, without the rest of its closed seam, with the patches of a readout and the ranges of its codes."""
-    for name in (READOUT, RANGES):
+    """Lets the module go on, without the rest of its closed seam, with what belongs to the model and to no adapter."""
+    for name in OWN:
         group = seam._modules.get(name)
         if group is not None:
             open_seam(module, working=True)._modules[name] = group
@@ -294,6 +297,24 @@ def drop_ranges(module: nn.Module) -> None:
     """Takes the ranges off that a module's codes now have."""
     del module._modules[CHILD]._modules[RANGES]  # type: ignore[union-attr]
     close_if_empty(module)
+
+
+def drop(model: nn.Module, group: str) -> None:
+    """Takes all patches of one name off."""
+    for _, module, seam in seams_of(model):
+        if group in seam._modules:
+            del seam._modules[group]
+        close_if_empty(module)
+
+
+def is_adapters(parameter: str) -> bool:
+    """Is the parameter of this name an adapter's or a readout's, and not the model's own or its attention's?"""
+    return f".{CHILD}." in f".{parameter}" and not is_attention(parameter)
+
+
+def is_attention(parameter: str) -> bool:
+    """Does the parameter of this name belong to attention by other means?"""
+    return f".{CHILD}.{ATTENTION}." in f".{parameter}"
 
 
 def readout(model: nn.Module) -> Any | None:

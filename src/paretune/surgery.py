@@ -78,8 +78,8 @@ def _refuse_ranges(model: nn.Module, what: str) -> None:
 def _check_name(name: str, here: State) -> None:
     if name in here.adapters:
         raise Incompatible(f"adapter {name!r} is on the model already; remove it first or choose another name")
-    if not name.isidentifier() or hasattr(Seam(), name) or name in (seams.READOUT, seams.RANGES):
-        raise Incompatible(f"adapter name {name!r}: a name is letters, digits and underscores, and none of torch's own, nor {seams.READOUT} or {seams.RANGES}")
+    if not name.isidentifier() or hasattr(Seam(), name) or name in seams.OWN:
+        raise Incompatible(f"adapter name {name!r}: a name is letters, digits and underscores, and none of torch's own, nor {one_of(seams.OWN)}")
 
 
 def share(model: nn.Module, name: str, *, method: Adapter) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from paretune.anatomy.sites import Site, norms, resolve
 from paretune.anatomy.structure import OURS, base_prefix, family, layers, modules_of
@@ -79,6 +80,19 @@ def position_modules(model: nn.Module) -> list[str]:
     modules = modules_of(model)
     tables = [path for path in embeddings(model).positions if path in modules]
     return tables or [path for path in modules if path.rpartition(".")[2] == "rotary_emb"]
+
+
+def small_input(model: nn.Module, *, length: int = 8) -> dict[str, Tensor]:
+    """One short text (of the ids 0, 1, ...), blank image or silent sound: what the base model computes a forward pass on."""
+    config, name = model.config, getattr(model, "main_input_name", "input_ids")
+    made = {"dtype": model.dtype, "device": model.device}
+    if name == "pixel_values":
+        return {name: torch.zeros(1, config.num_channels, config.image_size, config.image_size, **made)}
+    if name == "input_values":
+        return {name: torch.zeros(1, config.max_length, config.num_mel_bins, **made)}
+    ids = (torch.arange(length, device=model.device) % model.get_input_embeddings().num_embeddings)[None]
+    both = {layer.stack for layer in layers(model)} == {"encoder", "decoder"}
+    return {name: ids, **({"decoder_input_ids": ids} if both else {})}
 
 
 def is_text_encoder(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 from paretune.card import Card
 from paretune.roles import Adapter
-from paretune.seams import CHILD
+from paretune.seams import is_adapters
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -34,4 +34,4 @@ class Full(Adapter):
     selects = True
 
     def selection(self, model: nn.Module) -> list[str]:
-        return [name for name, _ in model.named_parameters() if f".{CHILD}." not in f".{name}"]
+        return [name for name, _ in model.named_parameters() if not is_adapters(name)]

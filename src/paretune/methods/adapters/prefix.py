@@ -44,6 +44,7 @@ class Prefix(Adapter):
         "Layers that share their weights (ALBERT) share one prefix.",
     )
     foldable = False
+    attends = True
     additive = True  # rows of a batch meet in no attention, and each may have its own keys and values
 
     length: int = knob(10, "keys and values in front of each attention", low=1, search="5..100 log")

@@ -13,7 +13,7 @@ from paretune import anatomy
 from paretune.card import Card, knob
 from paretune.errors import Incompatible
 from paretune.roles import Adapter
-from paretune.seams import CHILD
+from paretune.seams import is_adapters
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -48,7 +48,7 @@ class TopLayers(Adapter):
             if not 0 < wanted <= len(layers):
                 raise Incompatible(f"{self!r}: the {stack} of this {model.config.model_type} has {len(layers)} layers, so k is 1 to {len(layers)}")
             chosen += [f"{path}." for path in layers[-wanted:]]
-        return [n for n, _ in model.named_parameters() if n.startswith(tuple(chosen)) and f".{CHILD}." not in n]
+        return [n for n, _ in model.named_parameters() if n.startswith(tuple(chosen)) and not is_adapters(n)]
 
 
 def _stacks(model: nn.Module) -> dict[str, list[str]]:

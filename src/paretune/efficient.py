@@ -1,0 +1,174 @@
+"""Attention by other means: how a transform replaces a loaded model's self-attention and keeps its weights.
+
+A replacement is a patch at the attention call, behind rotary positions, caches and the split into heads. It stands in the
+seam's group `efficient`, which belongs to the model as its weights do: no switch turns it off, merge keeps it, `full` trains
+what it brings, and `from_pretrained` rebuilds it from its spelling in the config. Shapes as in `attention.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paretune import anatomy, attention, hub, seams, surgery
+from paretune.anatomy import Site
+from paretune.attention import Attend, Call
+from paretune.errors import Incompatible
+from paretune.patches import Patch
+from paretune.roles import Examples, Trail, Transform
+
+
+class AttentionTransform(Transform):
+    """A transform that replaces every self-attention of a model; a method says `patch`, and `check` what it cannot take."""
+
+    def follow(self, trail: Trail) -> Trail:
+        if trail.attention:
+            raise Incompatible(f"{trail.attention} | {self!r}: {trail.attention} has replaced the attention already; leave one of the two out")
+        inside = next((m for m in trail.attached if m.attends), None)
+        if inside is not None:
+            raise Incompatible(f"{inside!r} | {self!r}: {inside.spelling()} acts inside the attention that {self.spelling()} replaces; leave one of the two out")
+        return trail.replace(attention=repr(self))
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """Every self-attention call."""
+        return attention.sites(model, "self.attention_call", asked_by=repr(self))
+
+    def check(self, model: nn.Module, sites: list[Site]) -> None:
+        """Refuses, with Incompatible, a model that the method cannot take; nothing has changed yet."""
+
+    def patch(self, site: Site) -> Replacement:
+        """A fresh replacement for one attention call."""
+        raise AssertionError(f"{self!r} says no other means")
+
+    def shared(self, model: nn.Module) -> nn.Module | None:
+        """Tensors that all replacements have in common, as `patch.shared`; stored once."""
+        return None
+
+    def unused(self, model: nn.Module) -> list[str]:
+        """Paths of modules whose output it goes around."""
+        return []
+
+    def start(self, model: nn.Module, patches: list[Any]) -> None:
+        """First values that come from the model's own weights."""
+
+    def apply(self, model: nn.Module, examples: Examples | None = None) -> nn.Module:
+        sites = self.sites(model)
+        _require_free(model, sites, by=self)
+        self.check(model, sites)
+        learns = next(model.parameters()).requires_grad
+        surgery.share(model, seams.ATTENTION, method=self)
+        patches = [surgery.install(model, seams.ATTENTION, method=self, site=site) for site in sites]
+        with contextlib.ExitStack() as undo:
+            undo.callback(seams.drop, model, seams.ATTENTION)
+            self.start(model, patches)
+            rehearse(model, patches, by=self)
+            undo.pop_all()
+        for name, parameter in model.named_parameters():
+            if seams.is_attention(name):
+                parameter.requires_grad_(learns)
+        surgery.settle(model)
+        hub.refresh(model)
+        return model
+
+
+class Replacement(Patch):
+    """Attention by other means at one call; a method says `compute`."""
+
+    attends = True
+
+    def __init__(self, site: Site | None = None) -> None:
+        super().__init__(site)
+        self.calls = 0  # how often the model has asked it
+
+    def attend(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
+        self.calls += 1
+        return self.compute(attend, call)
+
+    def compute(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
+        """The output (B, T, H, D) and, where they are made, the weights (B, H, T, S); `attend(call)` is the model's own way."""
+        raise AssertionError(f"{type(self).__name__} does not say how to attend")
+
+
+def _require_free(model: nn.Module, sites: list[Site], *, by: Transform) -> None:
+    for site in sites:
+        seam = seams.seam_of(model.get_submodule(site.path))
+        for group, _, patch in seam.patches() if seam else ():
+            if patch.attends:
+                why = "has replaced the attention already" if group == seams.ATTENTION else "acts inside the attention that would be replaced"
+                raise Incompatible(f"{by!r}: {patch.method!r} {why}; leave one of the two out")
+
+
+def rehearse(model: nn.Module, patches: list[Any], *, by: Transform) -> None:
+    """Runs one small input through the model and sees that it asks every replacement.
+
+    Raises:
+        Incompatible: if it goes around one, or a replacement meets what it cannot do.
+    """
+    was_training = model.training
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        model.eval().base_model(**anatomy.small_input(model))
+    model.train(was_training)
+    torch.set_rng_state(before)
+    idle = next((p.site.path for p in patches if not p.calls), None)
+    if idle is not None:
+        raise Incompatible(f"{by!r}: {type(model).__name__} computed a forward pass and never asked the attention at {idle}, so that nothing would change")
+    for patch in patches:
+        patch.calls = 0
+
+
+# --- what a call may ask --------------------------------------------------------------------------------------------------------
+
+
+def is_causal(call: Call) -> bool:
+    """Does this attention hide later tokens, by a mask or by a flag?"""
+    said = call.more.get("is_causal")
+    return bool(getattr(call.module, "is_causal", False) if said is None else said)
+
+
+def padding(call: Call, *, by: Transform) -> Tensor | None:
+    """Which keys are tokens (B or 1, S), True or False; None where all are. Causality is `is_causal`'s to say.
+
+    Raises:
+        Incompatible: for a mask that says more than that, such as several texts in one row.
+    """
+    if call.mask is None:
+        return None
+    seen = visible(call.mask)[:, 0]  # (B or 1, T, S)
+    keys = seen[:, -1]  # the last query sees every token
+    if seen.stride(1) != 0 and seen.shape[1] > 1:
+        queries, count = seen.shape[1:]
+        plain = keys[:, None, :]
+        if is_causal(call):
+            plain = plain & torch.ones(queries, count, dtype=torch.bool, device=seen.device).tril(count - queries)
+        if not torch.equal(seen, plain.expand_as(seen)):  # rows that see nothing (padding before the text) stay as they are
+            differs = (seen != plain) & seen.any(-1, keepdim=True)
+            if differs.any():
+                raise Incompatible(f"{by!r}: the attention mask says more than which tokens are padding; give one text per row and a 2-D attention_mask")
+    return None if bool(keys.all()) else keys
+
+
+def visible(mask: Tensor) -> Tensor:
+    """A mask as True where seen: bool as it is, additive where it is not the lowest number; stride 0 stays stride 0."""
+    if mask.dtype == torch.bool:
+        return mask
+    flat = mask[:, :, :1] if mask.stride(2) == 0 else mask
+    return (flat > torch.finfo(mask.dtype).min / 2).expand(mask.shape)
+
+
+def repeated(call: Call) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, H, S, D), those of a group repeated for each of its query heads."""
+    times = call.query.shape[1] // call.key.shape[1]
+    if times == 1:
+        return call.key, call.value
+    return call.key.repeat_interleave(times, 1), call.value.repeat_interleave(times, 1)
+
+
+def refuse_further(call: Call, *, by: Transform, allowed: tuple[str, ...] = ()) -> None:
+    """Refuses what some families add to scores and a method cannot: biases by distance, soft caps, sinks."""
+    for name, what in (("position_bias", "adds a bias by distance to every score"), ("softcap", "caps its scores"), ("s_aux", "has sinks beside its scores")):
+        if call.more.get(name) is not None and name not in allowed:
+            raise Incompatible(f"{by!r}: {type(call.module).__name__} {what}, which this attention cannot keep; use longformer or blockwise")
