@@ -172,3 +172,18 @@ def refuse_further(call: Call, *, by: Transform, allowed: tuple[str, ...] = ()) 
     for name, what in (("position_bias", "adds a bias by distance to every score"), ("softcap", "caps its scores"), ("s_aux", "has sinks beside its scores")):
         if call.more.get(name) is not None and name not in allowed:
             raise Incompatible(f"{by!r}: {type(call.module).__name__} {what}, which this attention cannot keep; use longformer or blockwise")
+
+
+# --- what a model is ------------------------------------------------------------------------------------------------------------
+
+
+def require_encoder(model: nn.Module, *, by: Transform, why: str) -> None:
+    """Refuses a model whose tokens must not see later ones, with the reason why this attention shows them."""
+    if {layer.stack for layer in anatomy.layers(model)} != {"encoder"}:
+        raise Incompatible(f"{by!r}: {type(model).__name__} is causal in all layers or in some, and {why}; use it on an encoder such as BERT or ViT")
+
+
+def longest(model: nn.Module) -> int | None:
+    """How many tokens, or patches with what stands before them, an input can have; None where there is no limit."""
+    tables = [p for n, p in model.named_parameters() if n in anatomy.embeddings(model).positions]  # of images and sound
+    return tables[0].shape[1] if tables else anatomy.positions(model)[1]

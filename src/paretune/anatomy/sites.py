@@ -47,6 +47,8 @@ class Site:
     transposed: bool = False  # is the weight stored as (in, out), as Conv1D does?
     bias: bool = False  # does the linear map add one?
     source: str | None = None  # blocks: the module whose first input is the sub-layer's input
+    heads: int = 0  # calls: how many query heads there are, where a method asked for it
+    head_size: int = 0  # and how many features each has
 
     @property
     def kind(self) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from paretune.anatomy.sites import Site, resolve
 from paretune.anatomy.structure import family, model_type
+from paretune.errors import Incompatible
 
 _HEAD_SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim")  # attributes of attention modules, by family
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
@@ -88,6 +89,19 @@ def attentions(model: nn.Module) -> list[Attention]:
             query, key, value, output = (places[p] for p in ("query", "key", "value", "output"))
             made.append(Attention(path, query, key, value, output, size, None if cross else tables.get(stack)))
     return made
+
+
+def with_heads(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """The attention calls with how many query heads they have, and how wide.
+
+    Raises:
+        Incompatible: for a family whose attention modules do not say it.
+    """
+    found = {about.path: about for about in attentions(model)}
+    missing = next((site.path for site in sites if site.path not in found), None)
+    if missing is not None:
+        raise Incompatible(f"{type(model).__name__}: the attention at {missing} does not say how many features a head has")
+    return [dataclasses.replace(site, heads=found[site.path].heads, head_size=found[site.path].size) for site in sites]
 
 
 def head_attributes(module: nn.Module, *, heads: int, size: int) -> dict[str, int]:

@@ -1,0 +1,102 @@
+"""Based's attention: the softmax's own weights within a small window, their second-order Taylor expansion everywhere else.
+
+    y_i = Σ_j w_ij v_j / Σ_j w_ij,    w_ij = exp(s_ij) for |i − j| < w,   1 + s'_ij + s'_ij²/2 = φ(q'_i)·φ(k'_j) elsewhere,
+    φ(x) = [1, x, vec(x xᵀ) / √2],    s = scale · q·k,   s' = q'·k'
+
+What is elsewhere enters through the sums Σ_j φ(k'_j) [v_j, 1]ᵀ, whose size does not grow with the length: the parallel form adds
+them up chunk by chunk, the recurrent form token by token. Arora et al. 2024, arXiv:2402.18668, section 4.
+
+Shapes: B rows, H heads, T queries, S keys, D features of a head, d of a head's features for φ, f = 1 + d + d² of φ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from paretune.chunks import beside, chunks, places, places_beside
+
+TINY = 1e-12  # a query that sees no key gets zeros
+
+
+@dataclasses.dataclass
+class Heads:
+    """Queries, keys and values of one attention call, in fp32 at least; T ≤ S, the queries are the last T positions."""
+
+    query: Tensor  # (B, H, T, D), times scale
+    key: Tensor  # (B, H, S, D)
+    value: Tensor  # (B, H, S, D + 1): a padded token's are zeros, and the last feature, of ones, counts the weights
+    low_query: Tensor  # (B, H, T, d)
+    low_key: Tensor  # (B, H, S, d)
+    real: Tensor  # (B, 1, S), where there is no padding
+
+
+def counted(value: Tensor, real: Tensor) -> Tensor:
+    """Values (B, H, S, D) with a one behind each, and zeros at padding (B, 1, S): (B, H, S, D + 1)."""
+    return torch.cat([value, torch.ones_like(value[..., :1])], -1) * real[..., None]
+
+
+def features(x: Tensor) -> Tensor:
+    """φ: (..., d) to (..., 1 + d + d²), so that φ(x)·φ(y) = 1 + x·y + (x·y)²/2."""
+    square = (x[..., :, None] * x[..., None, :]).flatten(-2) / 2**0.5
+    return torch.cat([torch.ones_like(x[..., :1]), x, square], -1)
+
+
+def expansion(s: Tensor) -> Tensor:
+    """1 + s + s²/2, which is exp(s) up to the third order, and never under 1/2."""
+    return 1 + s + s.square() / 2
+
+
+def pairwise(heads: Heads, *, window: int, causal: bool, state: Tensor | None = None) -> Tensor:
+    """Every pair by itself: for a few queries (B, H, T, D); `state` (B, H, f, D + 1) is of keys that come before all these."""
+    queries, keys = heads.query.shape[2], heads.key.shape[2]
+    i = torch.arange(keys - queries, keys, device=heads.key.device)[:, None]
+    j = torch.arange(keys, device=heads.key.device)
+    near, far = _kinds(i - j, window=window, causal=causal)
+    weights, least = _weights(heads.query, heads.key, heads.low_query, heads.low_key, near=near & heads.real[..., None, :], far=far)
+    out = weights @ heads.value
+    return _normalized(out if state is None else out + features(heads.low_query) * least @ state)
+
+
+def parallel(heads: Heads, *, window: int, causal: bool) -> Tensor:
+    """All positions at once (T = S), in chunks of a window's size: O(T (w D + f D)). Returns (B, H, T, D)."""
+    length, around = heads.key.shape[2], {"back": 1, "ahead": 0 if causal else 1}
+    key, value, low_key = (chunks(x, window) for x in (heads.key, heads.value, heads.low_key))
+    own = places(length, window, like=key)
+    near, far = _kinds(own[:, :, None] - (seen := places_beside(length, window, **around, like=key))[:, None], window=window, causal=causal)
+    real = beside(chunks(heads.real[..., None].to(value.dtype), window), **around)[..., 0].bool()  # (B, 1, C, L)
+    query, low_query = chunks(heads.query, window), chunks(heads.low_query, window)
+    weights, least = _weights(
+        query, beside(key, **around), low_query, beside(low_key, **around), near=near & (seen >= 0)[:, None] & real[..., None, :], far=far
+    )
+    sums = features(low_key).transpose(-1, -2) @ value  # (B, H, C, f, D + 1)
+    distant = _before(sums) if causal else _before(sums) + _before(sums.flip(2)).flip(2)
+    out = weights @ beside(value, **around) + features(low_query) * least @ distant
+    return _normalized(out).flatten(2, 3)[:, :, :length]
+
+
+def _before(sums: Tensor) -> Tensor:
+    """Of each chunk, the sum over all chunks but its neighbor in front of it: (B, H, C, f, D + 1)."""
+    count = sums.shape[2]
+    total = sums.cumsum(2)[:, :, : max(0, count - 2)]
+    return torch.cat([torch.zeros_like(sums[:, :, : min(2, count)]), total], 2)
+
+
+def _kinds(distance: Tensor, *, window: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """Which pairs have the softmax's weight, and which the expansion, by how far the key is behind the query."""
+    near = distance.abs() < window
+    return (near & (distance >= 0), distance >= window) if causal else (near, ~near)
+
+
+def _weights(query: Tensor, key: Tensor, low_query: Tensor, low_key: Tensor, *, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+    """w_ij e^(-m_i) (..., T, S), and e^(-m_i) (..., T, 1), where m_i is the largest exponent, which keeps the sums finite."""
+    scores = (query @ key.transpose(-1, -2)).masked_fill(~near, -torch.inf)
+    top = scores.detach().amax(-1, keepdim=True).clamp(min=0)
+    least = torch.exp(-top)
+    return torch.exp(scores - top) + far * expansion(low_query @ low_key.transpose(-1, -2)) * least, least
+
+
+def _normalized(out: Tensor) -> Tensor:
+    return out[..., :-1] / out[..., -1:].clamp(min=TINY)

@@ -1,0 +1,98 @@
+"""Linformer against its equation; its limit, its sharing, and what padding may not change."""
+
+from __future__ import annotations
+
+import pytest
+import steps
+import tiny
+import torch
+import work
+
+from paretune import anatomy, phases, seams
+from paretune.errors import Incompatible
+from paretune.methods.adapters.full import Full
+from paretune.methods.transforms.linformer import Linformer, mean_of_runs, shares
+
+
+def changed(family: str = "bert", **knobs):
+    return phases.shrink(work.ready(family), Linformer(**knobs), None)
+
+
+def tables(model):
+    return next(m for _, _, m in seams.seam_of(model).shared())
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "vit"])
+def test_as_many_mixtures_as_tokens_are_the_backbone(family):
+    before = steps.logits(work.ready(family), family)
+    assert torch.allclose(steps.logits(changed(family), family), before, atol=1e-6)  # k is cut to n: the identity, and padding
+    assert not torch.equal(steps.logits(changed(family, k=2), family), before)
+
+
+def test_it_is_the_papers_equation_at_full_length():
+    """The attention of a layer by hand, from its own queries, keys and values, with random E and F for each head."""
+    model = changed("vit", k=3, share="none")
+    shared = tables(model)
+    with torch.no_grad():
+        for p in shared.parameters():
+            p.normal_()
+    seen = {}
+    site = anatomy.resolve(model, "attention_call", kind="call")[0]
+    module = model.get_submodule(site.path)
+    patch = next(p for _, _, p in seams.seam_of(module).patches())
+    compute = patch.compute
+
+    def watch(attend, call):
+        seen["call"], seen["out"] = call, compute(attend, call)[0]
+        return seen["out"], None
+
+    patch.compute = watch
+    steps.logits(model, "vit")
+    q, k, v = (t.double() for t in (seen["call"].query, seen["call"].key, seen["call"].value))
+    E, F = (t.double() for t in shared.of(0))
+    for h in range(q.shape[1]):
+        wanted = torch.softmax(q[:, h] @ (E[h] @ k[:, h]).transpose(1, 2) / q.shape[-1] ** 0.5, -1) @ (F[h] @ v[:, h])
+        assert torch.allclose(seen["out"][:, :, h].double(), wanted, atol=1e-5)
+
+
+def test_runs_are_means_of_equal_length():
+    table = mean_of_runs(3, length=7)
+    assert torch.allclose(table.sum(1), torch.ones(3)) and ((table > 0).sum(0) == 1).all() and (table > 0).sum(1).tolist() == [3, 2, 2]
+    assert torch.equal(mean_of_runs(5, length=5), torch.eye(5))
+
+
+def test_a_mixture_weighs_by_its_share_of_tokens():
+    E = torch.tensor([[[0.5, -0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]])
+    real = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    assert torch.allclose(shares(E, real).exp()[:, 0, 0], torch.tensor([[1.0, 0.5, 0.75], [0.5, 0.0, 0.25]]))
+
+
+@pytest.mark.parametrize("share", ["none", "headwise", "kv", "layerwise"])
+def test_padding_changes_no_result(share):
+    model = changed(k=3, share=share)
+    steps.disturb(model.requires_grad_(True))
+    ids = tiny.inputs("bert", batch=1, length=5)["input_ids"]
+    longer = torch.cat([ids, torch.full((1, 4), 9)], 1)
+    mask = torch.tensor([[1] * 5 + [0] * 4])
+    with torch.no_grad():
+        alone, padded = model(input_ids=ids).logits, model(input_ids=longer, attention_mask=mask).logits
+        seen = model(input_ids=longer).logits
+    assert torch.allclose(alone, padded, atol=1e-6) and not torch.allclose(alone, seen, atol=1e-5)
+
+
+@pytest.mark.parametrize("share, count", [("none", 2 * 2 * 4), ("headwise", 2 * 2), ("kv", 2), ("layerwise", 1)])
+def test_sharing_is_counted_and_learned(share, count):
+    model = changed(k=8, share=share)  # two layers of four heads, 64 positions
+    assert sum(p.numel() for p in tables(model).parameters()) == count * 8 * 64
+    model.requires_grad_(True)
+    steps.loss(model, "bert").backward()
+    assert all(p.grad.abs().sum() > 0 for p in tables(model).parameters())
+    assert {n for n, _ in model.named_parameters() if "linformer" in n} <= set(Full().selection(model))
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(Incompatible, match="later ones"):
+        phases.shrink(work.ready("gpt2"), Linformer(), None)
+    model = changed(k=2, length=8)
+    with pytest.raises(Incompatible, match="9 tokens"):
+        model(**tiny.inputs("bert", length=9))
