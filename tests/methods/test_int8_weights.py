@@ -39,15 +39,19 @@ def test_a_finer_scale_is_a_smaller_error():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, Int8Weights.few, Int8Weights.few + 1])
-def test_few_tokens_and_many_have_one_result(tokens, dtype):
-    module, x = made(nn.Linear(64, 96)), torch.randn(tokens, 64).to(dtype)
-    y = module(x)
-    wanted = F.linear(x, module.dequantized().to(dtype), module.bias.to(dtype))
+@pytest.mark.parametrize("tokens", [1, 49])
+def test_the_kernel_on_codes_is_the_product(tokens, dtype):
+    module, x = made(nn.Linear(64, 96)), torch.randn(2, tokens, 64).to(dtype)
+    y = module.method.ways(module, dtype)["codes"](x)
     assert y.dtype == dtype
-    if tokens > module.method.few:
-        assert torch.equal(y, wanted) and module._ready is None  # the kernel has not been called
-    torch.testing.assert_close(y, wanted, rtol=0.02, atol=0.02)  # the kernel reads x in bf16
+    torch.testing.assert_close(y, F.linear(x, module.dequantized().to(dtype), module.bias.to(dtype)), rtol=0.02, atol=0.02)  # the kernel reads x in bf16
+
+
+def test_groups_and_odd_shapes_are_dequantized():
+    assert "codes" not in Int8Weights().ways(made(nn.Linear(60, 96)), torch.float32)
+    assert "codes" not in Int8Weights().ways(made(nn.Linear(64, 50)), torch.float32)
+    assert "codes" not in Int8Weights(group=32).ways(made(nn.Linear(64, 96), group=32), torch.float32)
+    assert "codes" in Int8Weights(group=64).ways(made(nn.Linear(64, 96), group=64), torch.float32)
 
 
 def test_the_embedding_may_be_packed_or_not():

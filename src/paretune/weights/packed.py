@@ -1,7 +1,8 @@
 """Packed weights: one module for a linear map, one for an embedding, and the transform that puts them there.
 
 A format is a method file that says how a weight (O, I) becomes tensors of codes and scales (`encode`), and what weight those stand
-for (`decode`); where a kernel multiplies with the codes themselves, `kernel` or `multiply` calls it. The rest is here. Codes are stored
+for (`decode`); where a kernel multiplies with the codes themselves, `ways` names it beside the two that dequantize, and `kernels` chooses by the
+number of tokens. The rest is here. Codes are stored
 flat, so that software that does not know them stops at the shape, and as int8, since T5 asks a weight for its number format and
 would bring its hidden states to any other.
 
@@ -14,7 +15,7 @@ Shapes: B rows, T positions, I and O features of a map.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,11 @@ from paretune import anatomy, surgery
 from paretune.errors import Incompatible
 from paretune.roles import Examples, Trail, Transform
 from paretune.seams import CHILD, RANGES, base_of, drop_ranges, seam_of
+from paretune.weights import kernels
 from paretune.weights.maps import require_floats
 from paretune.weights.sharing import require_own_layers
 
+T = TypeVar("T")
 CHUNK = 2**22  # so many weights are dequantized at a time: 16 MB in fp32
 
 
@@ -36,7 +39,6 @@ class Packing(Transform):
 
     keeps_ranges = True  # where they are its own
     carries: ClassVar[bool] = False  # may adapters be trained on what it packed?
-    few: ClassVar[int] = 0  # up to how many tokens its kernel beats dequantizing the weight
     error: ClassVar[float]  # of a map: ‖Ŵ − W‖ ≤ error · ‖W‖ for weights that are spread about normally
     embeddings: bool = False  # does it pack the token embedding, too? a format may have a knob of this name
 
@@ -56,22 +58,16 @@ class Packing(Transform):
         """These rows of the weight (O, I) that the tensors stand for, in fp32."""
         raise AssertionError(f"{self!r} does not say what its codes stand for")
 
+    def ways(self, module: PackedLinear, dtype: torch.dtype) -> dict[str, kernels.Way]:
+        """By name, each way to multiply inputs of a number format with these codes on a processor: (..., I) to (..., O) in that format.
+
+        The first is the format's own; `kernels` takes another where that is faster for so many tokens.
+        """
+        return dequantized_ways(module, dtype)
+
     def multiply(self, module: PackedLinear, x: Tensor) -> Tensor:
-        """x (..., I) times the weight, plus the bias: (..., O) in the format of x; by the kernel where it is ready, for few tokens."""
-        few = x.device.type == "cpu" and x.numel() <= self.few * module.in_features
-        ready = module.ready() if few else None
-        if ready is None:
-            return module.dequantized_product(x)
-        y = self.kernel(module, x.flatten(0, -2).bfloat16(), ready=ready).view(*x.shape[:-1], module.out_features).to(x.dtype)
-        return y if module.bias is None else y + module.bias.to(x.dtype)
-
-    def kernel(self, module: PackedLinear, x: Tensor, *, ready: Any) -> Tensor:
-        """x (T, I) in bf16 times the weight, by a kernel that is faster than dequantizing for few tokens: (T, O)."""
-        raise AssertionError(f"{self!r} has no kernel")
-
-    def prepare(self, module: PackedLinear) -> Any:
-        """What the kernel needs and the file does not hold, such as a layout of its own; None where it cannot take these shapes."""
-        return None
+        """x (..., I) times the weight, plus the bias: (..., O) in the format of x."""
+        return kernels.product(module, x) if x.device.type == "cpu" else module.dequantized_product(x)
 
     def follow(self, trail: Trail) -> Trail:
         require_floats(self, trail)
@@ -122,6 +118,14 @@ class Packing(Transform):
         return (PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear)(self, module)
 
 
+def dequantized_ways(module: PackedLinear, dtype: torch.dtype) -> dict[str, kernels.Way]:
+    """The ways that every format has: dequantize and multiply in the format of the inputs, or in bf16."""
+    ways: dict[str, kernels.Way] = {"dequantized": module.dequantized_product}
+    if dtype is not torch.bfloat16:
+        ways["dequantized to bf16"] = lambda x: module.dequantized_product(x.bfloat16()).to(dtype)
+    return ways
+
+
 def packable(model: nn.Module, *, embeddings: bool = True) -> list[str]:
     """Paths of the modules that a format packs: linear maps outside the task's head, and the token embedding.
 
@@ -169,7 +173,7 @@ class Packed(nn.Module):
         self.dtype = module.weight.dtype  # in which the module answers, where its input does not say
         self._names: list[str] = []
         self._hold(method.encode(torch.empty(self.shape, device="meta")), device=module.weight.device)
-        self._ready: tuple[Tensor, Any] | None = None
+        self._kept: dict[str, tuple[Tensor, Any]] = {}
 
     def _hold(self, tensors: dict[str, Tensor], *, device: torch.device | None = None) -> None:
         self._names = list(tensors)
@@ -189,11 +193,15 @@ class Packed(nn.Module):
         """The weight (O, I) that the codes stand for, or some of its rows, in fp32."""
         return self.method.decode(self.codes(), self.shape, rows=rows)
 
-    def ready(self) -> Any:
-        """What the format's `prepare` made of these codes; made again when they have changed, and never saved."""
-        if self._ready is None or self._ready[0] is not self._buffers["weight"]:
-            self._ready = self.weight, self.method.prepare(self)
-        return self._ready[1]
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """What a way to multiply needs and the file does not hold, such as a layout of its own; made again when the codes have changed, and never saved."""
+        if name not in self._kept or self._kept[name][0] is not self._buffers["weight"]:
+            self._kept[name] = self.weight, make()
+        return self._kept[name][1]
+
+    def forget(self) -> None:
+        """Frees what was kept."""
+        self._kept.clear()
 
     def unpacked(self) -> nn.Module:
         """A float module in the place of this one."""
@@ -201,16 +209,16 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         """Codes and scales move and keep their formats; what changes with `to(dtype)` is the format of the answers."""
-        self._ready = None
+        self.forget()
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(lambda t: moved if (moved := fn(t)).dtype == t.dtype or t is self._buffers.get("bias") else t.to(moved.device), recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._ready = None
+        self.forget()
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": None}  # a kernel's own layout can be neither copied nor pickled
+        return {**self.__dict__, "_kept": {}}  # a kernel's own layout can be neither copied nor pickled
 
 
 class PackedEmbedding(Packed):
@@ -256,6 +264,11 @@ class PackedLinear(Packed):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         parts = [F.linear(x, self.dequantized(rows).to(x.dtype), None if bias is None else bias[rows]) for rows in self._chunks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def with_bias(self, y: Tensor, x: Tensor) -> Tensor:
+        """A kernel's product (T, O), with the bias, as the answer (..., O) to x (..., I)."""
+        y = y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def gradient(self, dy: Tensor) -> Tensor:
         """∂L/∂x (..., I) = ∂L/∂y W, a chunk of rows at a time."""

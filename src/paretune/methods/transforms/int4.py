@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paretune.card import Card, knob
+from paretune.weights.kernels import Way
 from paretune.weights.numerics import absmax, grouped, levels_of_nibbles, nibbles, scaled, ungrouped, zero_point
 from paretune.weights.packed import PackedLinear, Packing
 
@@ -40,7 +41,6 @@ class Int4(Packing):
     )
     carries = True
     error = 0.12
-    few = 64
 
     group: int = knob(64, "inputs with one scale", choices=(32, 64, 128))
     symmetric: bool = knob(False, "absmax: codes of -7 to 7 and no zero point")
@@ -64,13 +64,19 @@ class Int4(Packing):
         q = grouped(levels_of_nibbles(by_row["weight"], LEVELS)[:, : shape[1]], self.group)
         return ungrouped(scaled(q, by_row["scales"], zeros=by_row.get("zeros")), shape[1])
 
-    def kernel(self, module: PackedLinear, x: Tensor, *, ready: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, ready[0], self.group, ready[1])
+    def ways(self, module: PackedLinear, dtype: torch.dtype) -> dict[str, Way]:
+        ways = super().ways(module, dtype)
+        if module.in_features % self.group == 0 and module.out_features % 16 == 0:
+            ways["codes"] = lambda x: module.with_bias(self._on_codes(module, x.flatten(0, -2).bfloat16()), x)
+        return ways
 
-    def prepare(self, module: PackedLinear) -> tuple[Tensor, Tensor] | None:
-        """The codes in the kernel's layout, and (G, O, 2) of s and −s z."""
-        if module.in_features % self.group or module.out_features % 16:
-            return None
+    def _on_codes(self, module: PackedLinear, x: Tensor) -> Tensor:
+        """x (T, I) in bf16 times the codes, which the kernel decodes as it goes: (T, O)."""
+        codes, scales = module.kept("codes", lambda: self._layout(module))
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, self.group, scales)
+
+    def _layout(self, module: PackedLinear) -> tuple[Tensor, Tensor]:
+        """The codes as the kernel wants them, and (G, O, 2) of s and −s z."""
         codes = levels_of_nibbles(module.weight.view(module.out_features, -1), LEVELS).int() + 8
         scales = module.scales.view(module.out_features, -1).float()
         shift = torch.zeros_like(scales) if self.symmetric else -scales * module.zeros.view_as(scales).float()

@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from paretune.card import Card, knob
 from paretune.errors import Incompatible
 from paretune.roles import Examples
 from paretune.weights import ranges
 from paretune.weights.calibration import unpadded
+from paretune.weights.kernels import Way
 from paretune.weights.numerics import TINY, absmax, scaled
 from paretune.weights.packed import Packed, PackedLinear, Packing
 
@@ -90,33 +92,43 @@ class Int8(Packing):
             ranges.calibrate(model, batches, kind=examples.task.kind, rule=self.calibration)
         return model
 
-    def multiply(self, module: PackedLinear, x: Tensor) -> Tensor:
-        levels = levels_here() if x.device.type == "cpu" else 0
-        if not levels:
-            return module.dequantized_product(x)
-        weight, sums, bias = module.ready()
-        given = x.dtype
-        x = x if given is torch.float32 else x.float()  # (B, T, I)
-        if self.mode == "static" and bool(module.range.any()):  # else its examples are still being read
-            low, high = module.range.tolist()
-            scale = max((high - low) / levels, TINY)
-            zero = round(-low / scale)
-            codes = torch.add(torch.tensor(zero + 0.5), x, alpha=1 / scale).clamp_(0, levels)  # the conversion cuts off, so this rounds
-            y = _multiply(codes.to(torch.uint8), *weight, scale=scale, zero=zero, bias=bias)
-            return y if given is torch.float32 else y.to(given)
-        low, high = x.amin(-1, True), x.amax(-1, True)  # (B, T, 1): a scale per token, so that no row of a batch changes another's result
-        scale = (high - low).div_(levels).clamp_min_(TINY)
+    def ways(self, module: PackedLinear, dtype: torch.dtype) -> dict[str, Way]:
+        if not levels_here():
+            return super().ways(module, dtype)
+        product = self._static if self.mode == "static" and bool(module.range.any()) else self._dynamic  # until its examples are read, by token
+        return {"codes": lambda x: product(module, x.float()).to(dtype), "bf16 copy": lambda x: _by_copy(module, x)}
+
+    def _dynamic(self, module: PackedLinear, x: Tensor) -> Tensor:
+        """y (..., O) of x (..., I) with a scale per token, so that no row of a batch changes another's result."""
+        weight, sums, bias = module.kept("codes", lambda: _prepared(module))
+        low, high = x.amin(-1, True), x.amax(-1, True)  # (B, T, 1)
+        scale = (high - low).div_(levels_here()).clamp_min_(TINY)
         codes = (x - low).div_(scale).add_(0.5).to(torch.uint8)  # (B, T, I): the conversion cuts off, so this rounds
         y = _multiply(codes, *weight)  # (B, T, O)
-        y = torch.addcmul(bias, y, scale, out=y).addcmul_(low, sums)  # in place: a fresh tensor of this size costs more than the sum
-        return y if given is torch.float32 else y.to(given)
+        return torch.addcmul(bias, y, scale, out=y).addcmul_(low, sums)  # in place: a fresh tensor of this size costs more than the sum
 
-    def prepare(self, module: PackedLinear) -> Any:
-        """The weight as the kernel wants it, with s_o and its zero points; c_o; and b_o."""
-        codes, scales = module.weight.view(module.shape), module.scales.float()
-        zeros = torch.zeros(module.out_features, dtype=torch.int32)
-        bias = torch.zeros(module.out_features) if module.bias is None else module.bias.float()
-        return (torch.ops.onednn.qlinear_prepack(codes, None), scales, zeros), scales * codes.sum(1), bias
+    def _static(self, module: PackedLinear, x: Tensor) -> Tensor:
+        """y (..., O) of x (..., I) with the range that examples gave."""
+        weight, _, bias = module.kept("codes", lambda: _prepared(module))
+        low, high = module.range.tolist()
+        scale = max((high - low) / levels_here(), TINY)
+        zero = round(-low / scale)
+        codes = torch.add(torch.tensor(zero + 0.5), x, alpha=1 / scale).clamp_(0, levels_here())  # the conversion cuts off, so this rounds
+        return _multiply(codes.to(torch.uint8), *weight, scale=scale, zero=zero, bias=bias)
+
+
+def _prepared(module: PackedLinear) -> Any:
+    """The weight as the kernel wants it, with s_o and its zero points; c_o; and b_o."""
+    codes, scales = module.weight.view(module.shape), module.scales.float()
+    zeros = torch.zeros(module.out_features, dtype=torch.int32)
+    bias = torch.zeros(module.out_features) if module.bias is None else module.bias.float()
+    return (torch.ops.onednn.qlinear_prepack(codes, None), scales, zeros), scales * codes.sum(1), bias
+
+
+def _by_copy(module: PackedLinear, x: Tensor) -> Tensor:
+    """y (..., O) by the weights that the codes stand for, kept in bf16: 2 bytes a weight of memory, and nothing in the file."""
+    weight = module.kept("bf16 copy", lambda: module.dequantized().bfloat16())
+    return F.linear(x.bfloat16(), weight, None if module.bias is None else module.bias.bfloat16()).to(x.dtype)
 
 
 def _multiply(codes: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, *, scale: float = 1.0, zero: int = 0, bias: Tensor | None = None) -> Tensor:

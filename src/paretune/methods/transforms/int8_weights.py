@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paretune.card import Card, knob
+from paretune.weights.kernels import Way
 from paretune.weights.numerics import absmax, grouped, scaled, ungrouped
 from paretune.weights.packed import PackedLinear, Packing
 
@@ -37,7 +38,6 @@ class Int8Weights(Packing):
     )
     carries = True
     error = 0.01
-    few = 48
 
     group: int = knob(0, "inputs with one scale; 0 is all inputs of an output channel", low=0)
     embeddings: bool = knob(True, "store the token embedding in int8, too, with a scale per token")
@@ -55,9 +55,12 @@ class Int8Weights(Packing):
         q, scales = codes["weight"].view(shape)[rows], codes["scales"].view(shape[0], -1)[rows]
         return ungrouped(scaled(grouped(q, self.group or shape[1]), scales), shape[1])
 
-    def kernel(self, module: PackedLinear, x: Tensor, *, ready: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, module.weight.view(module.shape), ready)
+    def ways(self, module: PackedLinear, dtype: torch.dtype) -> dict[str, Way]:
+        ways = super().ways(module, dtype)
+        if self.group in (0, module.in_features) and module.in_features % 32 == 0 and module.out_features % 32 == 0:
+            ways["codes"] = lambda x: module.with_bias(self._on_codes(module, x.flatten(0, -2).bfloat16()), x)
+        return ways
 
-    def prepare(self, module: PackedLinear) -> Tensor | None:
-        whole = self.group in (0, module.in_features) and module.in_features % 32 == 0 and module.out_features % 32 == 0
-        return module.scales.bfloat16() if whole else None
+    def _on_codes(self, module: PackedLinear, x: Tensor) -> Tensor:
+        """x (T, I) in bf16 times the codes, by a kernel that scales their sums: (T, O)."""
+        return torch.ops.aten._weight_int8pack_mm(x, module.weight.view(module.shape), module.kept("scales", module.scales.bfloat16))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from paretune.card import Card, knob
 from paretune.roles import Examples
 from paretune.weights.calibration import unpadded
+from paretune.weights.kernels import Way
 from paretune.weights.numerics import absmax, scaled
 from paretune.weights.packed import PackedLinear, Packing
 from paretune.weights.ranges import watch
@@ -55,9 +56,11 @@ class LLMInt8(Packing):
     def decode(self, codes: dict[str, Tensor], shape: tuple[int, int], *, rows: slice | Tensor) -> Tensor:
         return scaled(codes["weight"].view(shape)[rows], codes["scales"][rows])
 
-    def multiply(self, module: PackedLinear, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return module.dequantized_product(x)
+    def ways(self, module: PackedLinear, dtype: torch.dtype) -> dict[str, Way]:
+        return {"codes": lambda x: self._split(module, x), **super().ways(module, dtype)}
+
+    def _split(self, module: PackedLinear, x: Tensor) -> Tensor:
+        """y (..., O): regular features in integers, outliers in 16 bits."""
         rows = x.flatten(0, -2)  # (T, I)
         outliers = self.outliers(rows).nonzero().flatten()
         regular = rows.index_fill(1, outliers, 0) if len(outliers) else rows
@@ -68,9 +71,7 @@ class LLMInt8(Packing):
             half = x.dtype if x.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
             w = scaled(q.index_select(1, outliers), module.scales).to(half)  # (O, |O|)
             y += rows.index_select(1, outliers).to(half) @ w.T
-        if module.bias is not None:
-            y += module.bias
-        return y.to(x.dtype).view(*x.shape[:-1], module.out_features)
+        return module.with_bias(y, x)
 
     def outliers(self, x: Tensor) -> Tensor:
         """Which of the features (I) of inputs (..., I) reach the threshold in any token."""
