@@ -8,7 +8,7 @@ what it brings, and `from_pretrained` rebuilds it from its spelling in the confi
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from paretune.roles import Examples, Trail, Transform
 class AttentionTransform(Transform):
     """A transform that replaces every self-attention of a model; a method says `patch`, and `check` what it cannot take."""
 
+    hides_later: ClassVar[bool] = True  # may it be causal? else only attention in both directions is replaced
+
     def follow(self, trail: Trail) -> Trail:
         if trail.attention:
             raise Incompatible(f"{trail.attention} | {self!r}: {trail.attention} has replaced the attention already; leave one of the two out")
@@ -33,8 +35,23 @@ class AttentionTransform(Transform):
         return trail.replace(attention=repr(self))
 
     def sites(self, model: nn.Module) -> list[Site]:
-        """Every self-attention call."""
-        return attention.sites(model, "self.attention_call", asked_by=repr(self))
+        """Every self-attention call that the method can take.
+
+        Raises:
+            Incompatible: where there is none.
+        """
+        found = attention.sites(model, "self.attention_call", asked_by=repr(self))
+        found = [site for site in found if self.hides_later or not hides_later(model, site)]
+        if not found:
+            raise Incompatible(
+                f"{self!r}: {type(model).__name__} hides later tokens from earlier ones, which {self.spelling()} cannot; "
+                "take an encoder, or longformer in its place"
+            )
+        return found
+
+    def decided(self, model: nn.Module, sites: list[Site]) -> Self:
+        """The method with what it leaves to the machine or the model decided, as the saved model shall have it."""
+        return self
 
     def check(self, model: nn.Module, sites: list[Site]) -> None:
         """Refuses, with Incompatible, a model that the method cannot take; nothing has changed yet."""
@@ -58,13 +75,14 @@ class AttentionTransform(Transform):
         sites = self.sites(model)
         _require_free(model, sites, by=self)
         self.check(model, sites)
+        method = self.decided(model, sites)
         learns = next(model.parameters()).requires_grad
-        surgery.share(model, seams.ATTENTION, method=self)
-        patches = [surgery.install(model, seams.ATTENTION, method=self, site=site) for site in sites]
+        surgery.share(model, seams.ATTENTION, method=method)
+        patches = [surgery.install(model, seams.ATTENTION, method=method, site=site) for site in sites]
         with contextlib.ExitStack() as undo:
             undo.callback(seams.drop, model, seams.ATTENTION)
-            self.start(model, patches)
-            rehearse(model, patches, by=self)
+            method.start(model, patches)
+            rehearse(model, patches, by=method)
             undo.pop_all()
         for name, parameter in model.named_parameters():
             if seams.is_attention(name):
@@ -121,6 +139,11 @@ def rehearse(model: nn.Module, patches: list[Any], *, by: Transform) -> None:
 
 
 # --- what a call may ask --------------------------------------------------------------------------------------------------------
+
+
+def hides_later(model: nn.Module, site: Site) -> bool:
+    """Does the attention at this site hide later tokens, as its module says?"""
+    return bool(getattr(model.get_submodule(site.path), "is_causal", False))
 
 
 def is_causal(call: Call) -> bool:

@@ -124,7 +124,7 @@ def _calls(found: list[Site]) -> list[Site]:
     """The modules that compute attention: those that hold the query maps; as wide as their keys."""
     keys = {(s.stack, s.layer, s.cross): s.out_features for s in found if s.place == "key"}
     return [
-        Site("attention_call", s.path.rpartition(".")[0], s.layer, s.stack, s.cross, in_features=s.in_features, out_features=width)
+        Site("attention_call", s.path.rpartition(".")[0], s.layer, s.stack, s.cross, in_features=s.in_features, out_features=width, bias=s.bias)
         for s in found
         if s.place == "query" and (width := keys.get((s.stack, s.layer, s.cross)))
     ]
