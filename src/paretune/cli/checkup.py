@@ -14,9 +14,11 @@ from paretune.errors import BackboneError, all_of
 # extra -> the distributions it brings, as pyproject.toml has them
 _OPTIONAL = {
     "gpu": ("nvidia-ml-py",), "image": ("pillow",), "audio": ("soundfile",), "onnx": ("onnxruntime", "onnxscript", "onnx"), "text": ("sacrebleu", "rouge-score"),
+    "search": ("optuna",),
 }  # fmt: skip
 _PEERS = ("pytest", "pytest-timeout", "pytest-xdist", "peft", "bitsandbytes", "torchao")
 EXTRAS = {**_OPTIONAL, "test": (*_PEERS, *(d for extra, ds in _OPTIONAL.items() if extra != "gpu" for d in ds))}
+SHAPE = (1536, 384)  # (O, I) of the map that is timed: the wide one of MiniLM
 DISTRIBUTIONS = ("paretune", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "scikit-learn", "numpy")
 
 
@@ -36,10 +38,27 @@ def doctor() -> None:
         "disk": f"{shutil.disk_usage('.').free / 1e9:,.1f} GB free in this folder",
         "fast format": f"{fastest.dtype} (a training step in fp32 takes {fastest.ratio:.2f} times as long as in bf16)",
     })  # fmt: skip
+    _section(f"packed maps, {SHAPE[1]} to {SHAPE[0]} features, {about['threads']} threads: times as long as a float map for 1, 8, ... tokens", _packed())
     _section("energy meters", {name: why or "here" for name, why in system.meters().items()})
     _section("backbones that ship", {name: _packaged(name) for name in _short_names()})
     _section("versions", {name: _version(name) or "missing: pip install paretune" for name in DISTRIBUTIONS})
     _section("extras", {extra: _extra(extra) for extra in EXTRAS})
+
+
+def _packed() -> dict[str, str]:
+    """Each format's slow-down, beside a map in fp32 and beside one in bf16 with inputs in bf16."""
+    from paretune import registry
+    from paretune.weights import kernels
+    from paretune.weights.packed import Packing
+
+    lines = {}
+    for name in registry.names("transform"):
+        method = registry.get(name)
+        if issubclass(method, Packing):
+            found = kernels.slowdowns(method(), shape=SHAPE)
+            lines[f"{name} beside fp32"] = ", ".join(f"{s.tokens}: {s.fp32:.2g} {s.fp32_way}" for s in found)
+            lines[f"{name} beside bf16"] = ", ".join(f"{s.tokens}: {s.bf16:.2g} {s.bf16_way}" for s in found)
+    return lines
 
 
 def _section(title: str, lines: dict[str, str]) -> None:

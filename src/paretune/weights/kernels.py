@@ -29,7 +29,8 @@ TOKENS = (1, 8, 32, 128, 512)  # what is timed; another count takes the choice o
 BORDERS = [math.sqrt(a * b) for a, b in zip(TOKENS, TOKENS[1:], strict=False)]
 WORTH = 0.95  # a way other than the first must take less than this share of the first one's time
 SMALLEST = 2**14  # weights of a map that is worth a probe
-ROUNDS = 3
+ROUNDS = 5
+LIMIT_S = 0.05  # of all rounds but the first, for one count of tokens
 FAR = 2.0  # a way that took so many times as long as the fastest is not tried again
 SWEEP = 2**20  # floats, 4 MB: more than the caches of one core hold
 
@@ -78,7 +79,8 @@ def choices(module: PackedLinear, dtype: torch.dtype) -> tuple[str, ...]:
 def slowdowns(method: Packing, *, shape: tuple[int, int] = (3072, 768), tokens: Sequence[int] = TOKENS) -> list[Slowdown]:
     """What a format costs here for each count of tokens, beside fp32 and bf16 maps with weights (O, I) of this shape.
 
-    Each figure is a ratio of least times, in turn, on the threads that torch has now; about a hundred milliseconds a format.
+    Each figure is a ratio of least times, in turn, on the threads that torch has now: CPU time on one, wall time on several, which wants a quiet
+    machine. About a fifth of a second a format.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -111,7 +113,10 @@ def _times(module: PackedLinear, dtype: torch.dtype, tokens: int, *, beside: dic
         x = torch.linspace(-3, 3, tokens * module.in_features).view(tokens, module.in_features).to(dtype)
         ways = {**module.method.ways(module, dtype), **(beside or {})}
         least = {name: math.inf for name in ways if ways[name](x) is not None}  # the first call prepares
-        for _ in range(ROUNDS):
+        until = time.perf_counter() + LIMIT_S
+        for done in range(ROUNDS):
+            if done and time.perf_counter() > until:
+                break
             for name in [n for n in ways if least[n] < FAR * min(least.values()) or least[n] == math.inf]:
                 sweep.add_(1)
                 begun = clock()
