@@ -1,8 +1,7 @@
 """Teachers: frozen models whose outputs for the training examples are computed once, at the first visit, and kept on disk.
 
 A teacher is `@k` of a recipe, a folder (of a model or a run) or a hub id. Its outputs are matrices, a row per target or token, which
-lie for all examples one after the other in `<name>.npy`, mapped into memory; `<name>.rows.npy` says which examples are there.
-A training that was killed finds them again.
+lie on shelves (`shelves.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from paretune.backbones import Backbone
 from paretune.errors import Incompatible, StoreError
 from paretune.recipe import Recipe, is_training
 from paretune.roles import After, Modifier, Readout
+from paretune.shelves import Shelf, nbytes
 from paretune.tasks import Task
 from paretune.tasks.kinds.base import IGNORED
 from paretune.units import show
@@ -126,7 +126,7 @@ class Teacher:
         first = {name: matrices[0] for name, matrices in self._ask([0]).items()}
         most = {name: [targets(e) if name == LOGITS else _tokens(e, len(matrix)) for e in self.encodings] for name, matrix in first.items()}
         widths = {name: matrix.shape[-1] for name, matrix in first.items()}
-        taken = sum(4 * widths[name] * sum(most[name]) for name in first)  # bytes
+        taken = sum(nbytes(most[name], width=widths[name]) for name in first)
         folder = self._folder(source, most, widths)
         if folder is not None and not folder.exists():
             try:
@@ -154,37 +154,3 @@ def _tokens(encoding: dict[str, Any], fixed: int) -> int:
 def targets(encoding: dict[str, Any]) -> int:
     """How many of an example's logits vectors are compared, at most."""
     return int((np.atleast_1d(encoding["labels"]) != IGNORED).sum())
-
-
-class Shelf:
-    """A matrix (rows, width) for each example, in one file of numbers in fp32."""
-
-    def __init__(self, path: Path | None, most: Sequence[int], *, width: int) -> None:
-        self.starts = np.concatenate([[0], np.cumsum(most)])
-        self.values = _array(path and path.with_suffix(".npy"), (int(self.starts[-1]), width), "float32")
-        self.rows = _array(path and path.with_suffix(".rows.npy"), (len(most),), "int32")  # one more than there are; 0: not there
-
-    def has(self, i: int) -> bool:
-        """Is the example there?"""
-        return bool(self.rows[i])
-
-    def count(self) -> int:
-        """How many examples are there."""
-        return int((self.rows > 0).sum())
-
-    def put(self, i: int, matrix: Tensor) -> None:
-        """Keeps an example's matrix; it counts as there once all of it is."""
-        self.values[self.starts[i] : self.starts[i] + len(matrix)] = matrix.float().cpu().numpy()
-        self.rows[i] = len(matrix) + 1
-
-    def get(self, i: int) -> Tensor:
-        """An example's matrix."""
-        return torch.from_numpy(np.array(self.values[self.starts[i] : self.starts[i] + self.rows[i] - 1]))
-
-
-def _array(path: Path | None, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    if path is None:
-        return np.zeros(shape, dtype)
-    if path.is_file():
-        return np.lib.format.open_memmap(path, mode="r+")
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)

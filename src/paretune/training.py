@@ -17,7 +17,7 @@ import accelerate
 import torch
 from torch import Tensor, nn
 
-from paretune import batches, checkpoints, probe, seams, surgery, virtual_tokens
+from paretune import batches, checkpoints, features, probe, seams, surgery, virtual_tokens
 from paretune.errors import Diverged
 from paretune.events import Events
 from paretune.meters import flops
@@ -88,6 +88,7 @@ class Loop:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.encodings = encode(task, task.train, model=model)
         self.lengths = [task.kind.length(e) for e in self.encodings]
+        self.split = features.Split(model, self.encodings)
         self.optimizer = _optimizer(self.parameters, schedule, surgery.in_head(model))
         self.epoch = self.step = self.examples = 0
         self.indices: list[int] = []  # the training examples of the batch that is at work
@@ -107,6 +108,8 @@ class Loop:
         self.total = sum(self.per_epoch)
         cursor = checkpoints.restore(self) if self.settings.folder else 0
         with probe.paced(self.model, self.pace, dropout=self.schedule.dropout):
+            self.features = features.Features(self, encode(self.task, self.task.validation[: watched_of(self.task)], model=self.model))
+            self.split = self.features.train
             self._forward = self.accelerator.prepare_model(self.model) if self.accelerator.num_processes > 1 else self.model
             while self.epoch < self._epochs and not self._stalled():
                 self._run_epoch(skip=cursor)
@@ -115,7 +118,8 @@ class Loop:
         if self.best is not None:
             _load(self.parameters, self.best)
         checkpoints.clear(self.settings.folder)
-        beside = [events.flops() for events in self.events]
+        beside = [self.features.flops(), *(events.flops() for events in self.events)]
+        features.clear(self.settings.folder)
         return Fitted(
             self.history, self.step, self.examples, self.best_epoch, self.pace.dtype, self.pace.attention, None if None in beside else sum(filter(None, beside))
         )
@@ -198,7 +202,7 @@ class Loop:
         """(summed loss with every modifier's share, number of targets) of one batch on the device."""
         for events in self.events:
             batch = events.inputs(self, batch)
-        with probe.autocast(self.pace):
+        with probe.autocast(self.pace), self.split.passing(self.indices):
             outputs = self._forward(**self.task.kind.inputs(batch))
         loss, count = self.task.kind.loss(outputs, batch)
         for events in self.events:
@@ -266,7 +270,7 @@ class Loop:
         if own is not None:
             return own
         watched = self.task.validation[: watched_of(self.task)]
-        return score(self.task, predict(self.model, self.task, rows=watched, pace=self.pace), rows=watched)
+        return score(self.task, predict(self.model, self.task, rows=self.features.watched, pace=self.pace), rows=watched)
 
     def _report(self, seconds: float, done: int, steps: int) -> None:
         if self.settings.report:
@@ -304,8 +308,9 @@ def predict(model: nn.Module, task: Task, *, rows: Any, pace: probe.Pace | None 
 def read(
     model: nn.Module, task: Task, *, rows: Any, answers: Callable[[dict[str, Tensor], Any], list[Any]], pace: probe.Pace | None = None, batch: int = 64
 ) -> list[Any]:
-    """What `answers` finds in each batch and the model's outputs for it, a value per row or block, in their order."""
-    encodings = encode(task, rows, model=model)
+    """What `answers` finds in each batch and the model's outputs for it, a value per row (or example of a `features.Split`) or block, in their order."""
+    split = rows if isinstance(rows, features.Split) else features.Split(model, encode(task, rows, model=model))
+    encodings = split.encodings
     lengths = [task.kind.length(e) for e in encodings]
     found: list[Any] = [None] * len(encodings)  # language modeling has blocks, not rows
     was_training, device = model.training, next(model.parameters()).device
@@ -314,7 +319,8 @@ def read(
         together = batches.by_length(lengths, batch)
         for indices in [part for whole in together for part in batches.parts(whole, lengths)] if device.type == "cpu" else together:
             inputs = _to_device(task.kind.collate([encodings[i] for i in indices], _processor(model)), device)
-            outputs = model(**task.kind.inputs(inputs))
+            with split.passing(indices):
+                outputs = model(**task.kind.inputs(inputs))
             for i, answer in zip(indices, answers(inputs, outputs), strict=True):
                 found[i] = answer
     model.train(was_training)

@@ -42,6 +42,7 @@ class Schedule(Modifier):
     patience: int = knob(2, "epochs without a better validation score before training stops", low=1)
     dtype: str = knob("auto", "number format of the computation; auto probes which is faster here", choices=("auto", "fp32", "bf16"))
     dropout: bool = knob(True, "keep the backbone's dropout while training")
+    cache: bool = knob(True, "what is frozen below all that learns is computed without dropout, and once per example; False: in every epoch, with dropout")
     head: bool = knob(True, "train the task's head")
 
     def events(self, loop: Loop) -> Events:
