@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+from pathlib import Path
+
 import pytest
 import steps
 import torch
@@ -9,8 +12,9 @@ import work
 from torch import nn
 
 from paretune import surgery
+from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.full import Full
-from paretune.methods.modifiers.adam8 import Adam8, AdamW8
+from paretune.methods.modifiers.adam8 import Adam8, AdamW8, is_mapped
 from paretune.weights.numerics import dynamic_float
 
 FIT = {"lr": 1e-2, "weight_decay": 0.1}
@@ -29,8 +33,8 @@ def descent(make, count=40, shape=(64, 64), **other):
     return weight.detach(), float((weight.detach() - aim).square().mean()), optimizer
 
 
-def adamw8(parameters, block=256, **knobs):
-    return AdamW8(torch.optim.AdamW(parameters, **knobs), block=block)
+def adamw8(parameters, block=256, paged=False, **knobs):
+    return AdamW8(torch.optim.AdamW(parameters, **knobs), block=block, paged=paged)
 
 
 def test_a_first_step_is_that_of_adamw():
@@ -75,11 +79,12 @@ class Killed(Exception):
     """The process ends here."""
 
 
-def test_a_killed_training_resumes_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_killed_training_resumes_bit_for_bit(tmp_path, paged):
     def trained(report=None):
         model = work.ready("bert")
         surgery.attach(model, [Full()])
-        return work.fitted(model, work.text_task(), Adam8(), folder=tmp_path, report=report), steps.tensors(model)
+        return work.fitted(model, work.text_task(), Adam8(paged=paged), folder=tmp_path, report=report), steps.tensors(model)
 
     def kill(progress):
         if progress["step"] == 9:
@@ -90,3 +95,25 @@ def test_a_killed_training_resumes_bit_for_bit(tmp_path):
         trained(kill)
     again, found = trained()
     assert again == whole and steps.same(found, aim)
+
+
+def test_paged_states_are_the_same_states_in_pages_of_files_without_a_name():
+    plain, paged = descent(adamw8, count=3), descent(adamw8, count=3, paged=True)
+    assert torch.equal(plain[0], paged[0])
+    (mine,), (theirs,) = (list(made[2].state.values()) for made in (plain, paged))
+    assert steps.same(mine, theirs) and is_mapped(theirs["m"]) and is_mapped(theirs["v"]) and not is_mapped(mine["m"])
+    file = Path(theirs["m"].untyped_storage().filename)
+    assert not file.exists()  # nothing is left behind, however the process ends
+    maps = Path("/proc/self/maps")
+    if maps.is_file():
+        (line,) = [line for line in maps.read_text().splitlines() if str(file) in line]
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        assert first <= theirs["m"].data_ptr() < last and line.split()[1][3] == "s"  # shared: what is written goes to the file's pages
+
+
+def test_states_that_cannot_be_paged_are_refused():
+    with pytest.raises(RecipeError, match="not paged"):
+        Adam8(bits=32, paged=True)
+    on_a_card = types.SimpleNamespace(parameters={"w": torch.empty(1, device="meta")}, accelerator=types.SimpleNamespace(device="cuda"))
+    with pytest.raises(Incompatible, match="the processor's memory, and this model is on cuda"):
+        Adam8(paged=True).events(on_a_card)

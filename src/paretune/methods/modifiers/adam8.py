@@ -4,12 +4,14 @@
     q_i = argmin_j |Q_j − m_i / N_b|,   N_b = max |m_i| of block b                                 and the same of v
 
 m and v stand for Q_q N_b between two steps. Q are the levels of dynamic floats, with a sign for m and without one for v.
-Dettmers et al. 2021, arXiv:2110.02861, sections 2 and 3.
+Dettmers et al. 2021, arXiv:2110.02861, sections 2 and 3. Paged: Dettmers et al. 2023, arXiv:2305.14314, section 3; there a card's states
+move to the machine's memory when the card is full, here the processor's move to the disk, as pages of mapped files.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from paretune.card import Card, knob
+from paretune.errors import Incompatible, RecipeError
 from paretune.roles import Modifier
 from paretune.training import Events, Loop
 from paretune.weights.numerics import blockwise, dynamic_float, grouped, ungrouped
@@ -34,24 +37,36 @@ class Adam8(Modifier):
         lowers="E",
         why="The optimizer keeps 2 bytes of states for a weight that learns in the place of 8, and checkpoints shrink with it.",
         note="With blocks of 2048, 2.004 bytes a weight; with 256, 2.03. Vectors (biases, norms) keep fp32 states: they are few and are hurt first. "
-        "It saves what full fine-tuning needs most; an adapter of few weights has little to save. One tensor's moments at a time are in fp32.",
+        "It saves what full fine-tuning needs most; an adapter of few weights has little to save. One tensor's moments at a time are in fp32. Paged "
+        "states are mapped files without a name in the folder for temporary files (TMPDIR, which must lie on a disk): the system writes them out when "
+        "memory is short, without any swap, and they are gone with the process. While memory is not short they stay in it, and peak memory "
+        "counts them. Graphics cards refuse them.",
     )
 
     bits: int = knob(8, "bits of a state; 32 is AdamW as without adam8", choices=(8, 32))
     block: int = knob(2048, "weights with one absolute maximum", low=1, search="256, 2048")
 
+    paged: bool = knob(False, "keep the codes in mapped files, which the system may write out where memory is short; on the processor")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.paged and self.bits == 32:
+            raise RecipeError(f"{self!r}: the states of plain AdamW are not paged; leave bits at 8, or paged out")
+
     def events(self, loop: Loop) -> Events:
+        if self.paged and any(p.device.type != "cpu" for p in loop.parameters.values()):
+            raise Incompatible(f"{self!r}: mapped files are the processor's memory, and this model is on {loop.accelerator.device}; leave paged out")
         if self.bits == 8:
-            loop.optimizer = AdamW8(loop.optimizer, block=self.block)
+            loop.optimizer = AdamW8(loop.optimizer, block=self.block, paged=self.paged)
         return Events()
 
 
 class AdamW8(torch.optim.Optimizer):
     """AdamW over the parameter groups of another one; a state is `m`, `v` as codes, `m_absmax`, `v_absmax` and the `step`."""
 
-    def __init__(self, plain: torch.optim.Optimizer, *, block: int) -> None:
+    def __init__(self, plain: torch.optim.Optimizer, *, block: int, paged: bool = False) -> None:
         super().__init__(plain.param_groups, plain.defaults)
-        self.block = block
+        self.block, self.paged = block, paged
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -85,9 +100,10 @@ class AdamW8(torch.optim.Optimizer):
         return ungrouped(blocks, len(units)).view_as(parameter)
 
     def _keep(self, name: str, moment: Tensor, state: dict[str, Tensor]) -> None:
-        state[name] = moment
+        old, state[name] = state.get(name), moment
         if moment.dim() > 1:
-            state[name], state[f"{name}_absmax"] = blockwise(moment.flatten(), levels(name), size=self._size(moment))
+            codes, state[f"{name}_absmax"] = blockwise(moment.flatten(), levels(name), size=self._size(moment))
+            state[name] = codes if not self.paged else (old if is_mapped(old) else mapped(codes)).copy_(codes)
 
     def _size(self, moment: Tensor) -> int:
         return min(self.block, moment.numel())
@@ -96,3 +112,15 @@ class AdamW8(torch.optim.Optimizer):
 def levels(name: str) -> Tensor:
     """Q: the 256 levels of a moment; v has no sign."""
     return dynamic_float(signed=name == "m")
+
+
+def mapped(like: Tensor) -> Tensor:
+    """A tensor of this shape and number format in the pages of a file, which has lost its name and ends with the tensor."""
+    with tempfile.NamedTemporaryFile() as file:
+        storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=like.nbytes)
+    return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)
+
+
+def is_mapped(tensor: Tensor | None) -> bool:
+    """Are these the pages of a file?"""
+    return tensor is not None and tensor.untyped_storage().filename is not None
