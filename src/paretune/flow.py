@@ -1,4 +1,4 @@
-"""The verbs, in the order of the walk: load, adapt, fit, shrink, measure, run, frontier, export. The first file to read.
+"""The verbs, in the order of the walk: load, adapt, fit, shrink, measure, run, frontier, search, export. The first file to read.
 
 load -> adapt -> fit -> shrink -> measure -> frontier -> report / predict / export
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,7 +26,10 @@ from paretune.roles import Adapter, Method, Modifier
 from paretune.store import Run
 from paretune.tasks import Task
 
-__all__ = ["adapt", "export", "fit", "frontier", "load", "measure", "processor", "read_run", "run", "shrink"]
+if TYPE_CHECKING:
+    from paretune.searches.found import Found
+
+__all__ = ["adapt", "export", "fit", "frontier", "load", "measure", "processor", "read_run", "run", "search", "shrink"]
 
 # What a frontier runs when no recipe is named: from a trained head to full fine-tuning, with and without shrinking.
 # Recipes that begin alike share that work.
@@ -197,6 +200,28 @@ def _telling(plan: Plan, **where: Any) -> Plan:
     report = plan.options.report
     told = (lambda info: report({**info, **where})) if report else None
     return dataclasses.replace(plan, options=dataclasses.replace(plan.options, report=told))
+
+
+def search(
+    task: Task, *, backbone: str, space: str = "auto", budget: str | None = None, under: str | None = None,
+    out: str | Path = "out", resume: bool = False, options: Options = Options(),
+) -> Found:  # noqa: B008  # fmt: skip
+    """Finds the recipes of a space with the best scores for the least cost, and spends no more than its budget on it.
+
+    Args:
+        space: a recipe with ranges, "lora(r=[2..64 log]) | {none, merge | int8}", or auto or autopeft; see `searches.space`.
+        budget: what all of it may spend, failed trials, scoring and measuring included: "train_s=3600, train_energy_j=20000".
+        under: limits of the model that is chosen, "latency_p50_ms=20, stored_mb=30"; their costs are what the score is set against.
+        options: `searching` has the number of trials, the fresh seeds of the end, the seed and the storage.
+
+    Raises:
+        BudgetError: without a budget or a number of trials, or where the budget does not reach for one recipe.
+        StoreError: without Optuna; where `out` holds a search that was begun before and `resume` is not set.
+    """
+    from paretune.searches import verb  # which makes its runs with the verbs here
+
+    asked = {"space": space, "budget": budget, "under": under}
+    return verb.searched(task, backbone=backbone, asked=asked, out=Path(out), resume=resume, options=options)
 
 
 def read_run(folder: str | Path) -> Run:

@@ -17,6 +17,7 @@ class Training:
     dtype: str | None = None  # "auto", "fp32" or "bf16"
     max_train: int | None = None  # at most so many training examples
     time_budget_s: float | None = None  # a frontier cuts its training examples to be done in so many seconds
+    max_memory_mb: float | None = None  # trainings cut their steps to stay below, and recompute activations where that is not enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,16 @@ class Metering:
 
 
 @dataclasses.dataclass(frozen=True)
+class Searching:
+    """How far a search goes, beside its budget."""
+
+    trials: int | None = None  # recipes at most; None searches until the budget is spent
+    confirm: int = 2  # fresh seeds with which the chosen recipes are trained again
+    seed: int = 0  # of the draws and of every trial
+    storage: str | None = None  # sqlite:///... or postgresql://...; None is a file in the results folder
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     """All of them, with where progress is told."""
 
@@ -46,3 +57,4 @@ class Options:
     compute: Compute = Compute()
     metering: Metering = Metering()
     report: Callable[[dict[str, Any]], None] | None = None  # gets {"recipe", "phase", "epoch", "loss", ...}
+    searching: Searching = Searching()

@@ -20,6 +20,22 @@ if TYPE_CHECKING:
     from paretune.tasks import Task
 
 _DIRECTORY, _ABOVE_0, _FROM_1 = click.Path(file_okay=False), FloatRange(0, min_open=True), IntRange(1)
+
+
+class Megabytes(click.ParamType):
+    """A size such as 2GB, in MB (10^6 bytes)."""
+
+    name = "size"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Reads it; a number is in MB already.
+
+        Raises:
+            BudgetError: for a text that is no size.
+        """
+        return read(value, "bytes") / 1e6 if isinstance(value, str) else value
+
+
 FLAGS: dict[str, click.Parameter] = {
     param.name: param  # type: ignore[misc]
     for param in (
@@ -43,7 +59,9 @@ FLAGS: dict[str, click.Parameter] = {
         Option(["--max-train"], type=_FROM_1, metavar="N", help="Train on at most N rows, chosen by content hash."),
         Option(["--device"], default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ..."),
         Option(["--threads"], type=_FROM_1, metavar="N", help="Processor threads; else torch's own number."),
+        Option(["--max-memory", "max_memory_mb"], type=Megabytes(), metavar="SIZE", help="Cut training steps, and recompute activations, to stay below: 2GB."),
         Option(["--seed"], type=IntRange(0), default=0, show_default=True, metavar="N", help="Of the head, the adapters and the order of rows."),
+        Option(["--price"], metavar="PRICE", help="Of a kilowatt-hour, as in 0.30EUR."),
         Option(["--protocol"], type=Choice(["quick", "full"]), default="quick", show_default=True, help="How long inference is measured: seconds or minutes."),
         Option(["--power"], metavar="WATTS", help="Power for an energy estimate where nothing measures: idle=2W,busy=6W."),
         Option(["--power-profile", "profile"], metavar="NAME|FILE", help="The same from a profile: laptop, phone, or a JSON file of your own."),
@@ -51,6 +69,11 @@ FLAGS: dict[str, click.Parameter] = {
         Option(["--markers"], is_flag=True, help="Draw a pattern into the log to align its clock with this one."),
         Option(["--recipe", "recipes"], multiple=True, metavar="RECIPE", help="A recipe to run; may be repeated. Without any, a set from head to full."),
         Option(["--seeds"], type=_FROM_1, default=1, show_default=True, metavar="N", help="Run seeds 0 to N-1 of every recipe."),
+        Option(["--space"], default="auto", show_default=True, metavar="SPACE", help="A recipe with ranges, 'lora(r=[2..64 log]) | {none, int8}', or auto, autopeft."),
+        Option(["--budget"], metavar="BUDGET", help='What the whole search may spend: "train_s=3600, train_energy_j=20000".'),
+        Option(["--trials"], type=_FROM_1, metavar="N", help="Try at most N recipes."),
+        Option(["--confirm"], type=IntRange(0), default=2, show_default=True, metavar="N", help="Train the chosen recipes again with N fresh seeds."),
+        Option(["--storage"], metavar="URL", help="sqlite:///file.db or postgresql://...; else a file in the results folder."),
         Option(["--time-budget"], metavar="TIME", help="Cut the training rows to what this machine does in so long: 10min, 2h."),
         Option(["--battery"], metavar="ENERGY", help="Count inferences on a charge: 15Wh, or 3000mAh@3.7V."),
         Option(["--rate"], metavar="RATE", help="Inferences a second on battery, 1/s; else one after the other. Needs the idle power."),
@@ -63,6 +86,8 @@ FLAGS: dict[str, click.Parameter] = {
         Option(["--out", "target"], type=_DIRECTORY, required=True, metavar="FOLDER", help="A new or empty folder."),
         Argument(["name"], required=False, help="A method."),
         Option(["--json", "as_json"], is_flag=True, help="Machine readable."),
+        Argument(["subject"], metavar="SUBJECT", type=Choice(["attention"]), help="What to look at: attention."),
+        Option(["--examples"], type=_FROM_1, default=16, show_default=True, metavar="N", help="Read N training rows, evenly drawn."),
         Argument(["model"], metavar="BACKBONE", help="minilm, a folder with a config.json, or a hub id."),
         Argument(["spec"], metavar="TARGETS", help="Places (attention, ffn, 'query value', ...) or module paths."),
     )

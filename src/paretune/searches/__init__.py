@@ -1,0 +1,1 @@
+"""The search: spaces of recipes, what to try next, and what all of it may spend."""

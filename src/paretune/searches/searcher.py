@@ -1,0 +1,272 @@
+"""The search itself: what is tried next, what may begin, what is cut, and what is trained again before it is reported.
+
+    timing -> (a new recipe on few rows | a better one on more rows)* -> the best on all rows -> the chosen with fresh seeds -> measured together
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from paretune.errors import BudgetError, Incompatible, RecipeError
+from paretune.searches import halving
+from paretune.searches.aims import Aims
+from paretune.searches.bench import Bench, Cut, Watch
+from paretune.searches.forecast import MARGIN, Forecast, plus, times
+from paretune.searches.journal import SPENDABLE, Entry, Journal, Spent, Task, left, total, within
+from paretune.searches.space import Seeded, Space, Suggest
+from paretune.searches.study import Proposal, Study
+
+ROWS = "rows"  # the parameter of a proposal that says on how many training rows
+REPEATS = 40  # proposals in a row that were tried before or do not compose; then the space counts as known
+CHOSEN = 3  # recipes of the frontier that are trained again
+BEAT_S = 5.0  # a sign of life is written so often
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How far a search goes: what it may spend, how many recipes it tries at most, with how many fresh seeds it trains the chosen again."""
+
+    budget: Mapping[str, float]
+    trials: int | None = None
+    confirm: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.budget and self.trials is None:
+            raise BudgetError("a search needs an end: give it a budget, as in train_s=3600, or a number of trials, or both")
+
+
+class Searcher:
+    """One process at work on a search.
+
+    Args:
+        rungs: training rows, fewest first; the last are all.
+    """
+
+    def __init__(self, space: Space, bench: Bench, *, study: Study, journal: Journal, aims: Aims, rungs: tuple[int, ...], effort: Effort) -> None:
+        self.space, self.bench, self.study, self.journal, self.aims = space, bench, study, journal, aims
+        self.rungs, self.effort = rungs, effort
+        self._first: Callable[[int], Spent] = lambda rows: dict.fromkeys(SPENDABLE, 0.0)
+
+    def run(self) -> None:
+        """Until the budget, the trials or the space are used up.
+
+        Raises:
+            BudgetError: before anything is tried, where the budget does not reach for one recipe.
+        """
+        self.journal.bury()
+        self.study.bury()
+        if self.effort.budget and not self._done():
+            self._time()
+        self._again()
+        while self._up() or self._new():
+            pass
+        if not self._done(self.rungs[-1]):
+            self._straight_up()
+        self._confirm()
+        self._measure()
+
+    # --- what is tried ----------------------------------------------------------------------------------------------------------
+
+    def _new(self) -> bool:
+        """Tries a recipe that the study proposes, on the fewest rows; False at the end of trials, space or budget."""
+        for _ in range(REPEATS):
+            tried = {e.recipe for e in self.journal.entries() if e.kind == "trial" and e.state != "killed"}
+            if len(tried) >= min(self.space.size, math.inf if self.effort.trials is None else self.effort.trials):
+                return False
+            proposal = self._propose({})
+            if proposal is not None and not self._known(proposal, self.rungs[0]):
+                return self._try(proposal, self.rungs[0])
+        return False
+
+    def _up(self) -> bool:
+        """Tries the best recipe of the highest rung that lets one go up, on the rows of the rung above."""
+        entries = self._done()
+        hopeless = self.aims.hopeless(entries, self.rungs[-1])
+        for low, high in reversed(list(zip(self.rungs, self.rungs[1:], strict=False))):
+            ranked = {e.recipe: e for e in self.aims.order([e for e in entries if e.rows == low])}
+            above = [e.recipe for e in self.journal.entries() if e.rows == high and e.kind == "trial" and e.state != "killed"]
+            hopeless_here = [*hopeless, *(e.recipe for e in ranked.values() if not self.aims.keeps(e))]
+            recipe = halving.promotable(list(ranked), above, hopeless=hopeless_here)
+            if recipe is not None and self._try_on(ranked[recipe], high):
+                return True
+        return False
+
+    def _straight_up(self) -> None:
+        """Where no recipe has seen all rows yet: the best one that can be paid does."""
+        for entry in self.aims.order(self._done()):
+            if self._try_on(entry, self.rungs[-1]) and self._done(self.rungs[-1]):
+                return
+
+    def _again(self) -> None:
+        """Takes up trials whose process was killed; one that was killed twice is left."""
+        entries = [e for e in self.journal.entries() if e.kind == "trial"]
+        for entry in entries:
+            if [e.state for e in entries if (e.recipe, e.rows) == (entry.recipe, entry.rows)] == ["killed"]:
+                self._try_on(entry, entry.rows)
+
+    def _confirm(self) -> None:
+        """Trains the chosen with fresh seeds: what was chosen for its score had luck in that score."""
+        for k, entry in enumerate(self.aims.front(self._done(self.rungs[-1]))[:CHOSEN], start=1):
+            for seed in range(self.effort.seed + 1, self.effort.seed + 1 + self.effort.confirm):
+                if not any((e.kind, e.recipe, e.seed, e.state) == ("confirm", entry.recipe, seed, "complete") for e in self.journal.entries()):
+                    self._do(Task("confirm", entry.recipe, self.rungs[-1], seed), keep=self._measuring(k), like=entry)
+
+    def _measure(self) -> None:
+        """Measures what was trained again together; where that cannot be paid, the best of it."""
+        done = {e.run: e.recipe for e in self.journal.entries() if e.kind == "confirm" and e.state == "complete"}
+        recipes = list(dict.fromkeys(done.values()))
+        for k in range(len(recipes), 0, -1):
+            ids = [run for run, recipe in done.items() if recipe in recipes[:k]]
+            if any(e.params.get("runs") == ids for e in self.journal.entries() if e.kind == "measure" and e.state == "complete"):
+                return
+            begun = self._begin(Task("measure", params={"runs": ids}), self._measuring(k), keep={})
+            if begun:
+                entry, watch = begun
+                try:
+                    self.journal.end(dataclasses.replace(entry, state="complete", spent=self.bench.measure(ids, watch=watch)))
+                except Cut as cut:
+                    self.journal.end(dataclasses.replace(entry, state="cut", spent=cut.spent, reason=str(cut)))
+                return
+
+    # --- one trial --------------------------------------------------------------------------------------------------------------
+
+    def _propose(self, fixed: Mapping[str, Any]) -> Proposal | None:
+        """A proposal, on the fewest rows where nothing else is fixed; None for a draw that is no recipe."""
+        several = len(self.rungs) > 1
+
+        def draw(suggest: Suggest) -> str:
+            if several:
+                suggest.suggest_int(ROWS, self.rungs[0], self.rungs[-1], log=True)
+            return self.space.draw(suggest)
+
+        try:
+            return self.study.propose(draw, fixed={**({ROWS: self.rungs[0]} if several else {}), **fixed})
+        except Incompatible:
+            return None
+
+    def _try_on(self, entry: Entry, rows: int) -> bool:
+        """The trial of a recipe that was drawn before, on these rows; False where that cannot be paid."""
+        asked = plus(times(self._forecast().of(entry.recipe, rows), MARGIN), self._kept(entry.recipe, rows))
+        if not within(asked, left(self.journal.entries(), self.effort.budget)):
+            return False
+        proposal = self._propose({**entry.params, **({ROWS: rows} if len(self.rungs) > 1 else {})})
+        return proposal is not None and not self._known(proposal, rows) and self._try(proposal, rows)
+
+    def _known(self, proposal: Proposal, rows: int) -> bool:
+        """Answers, at no cost, a proposal that comes to a run that was tried before, or that cannot be one."""
+        try:
+            key = self.bench.key(proposal.recipe, rows)
+        except (Incompatible, RecipeError):
+            self.study.fail(proposal.number)
+            return True
+        found = next((e for e in self.journal.entries() if e.kind == "trial" and e.key == key and e.state != "killed"), None)
+        if found is not None:
+            self._answer(proposal, found)
+        return found is not None
+
+    def _try(self, proposal: Proposal, rows: int) -> bool:
+        like = next((e for e in self._done() if e.recipe == proposal.recipe), None)
+        params = {name: value for name, value in proposal.params.items() if name != ROWS}
+        task = Task("trial", proposal.recipe, rows, self.effort.seed, params, self.bench.key(proposal.recipe, rows))
+        done = self._do(task, keep=self._kept(proposal.recipe, rows), like=like)
+        if done is None:
+            self.study.fail(proposal.number)
+            return False
+        self._answer(proposal, done)
+        return True
+
+    def _answer(self, proposal: Proposal, entry: Entry) -> None:
+        values = self.aims.values(entry) if entry.state == "complete" else [None]
+        known = [value for value in values if value is not None]
+        if len(known) == len(values):
+            self.study.answer(proposal.number, known, limits=self.aims.limits(entry))
+        else:
+            self.study.fail(proposal.number)
+
+    def _do(self, task: Task, *, keep: Spent, like: Entry | None) -> Entry | None:
+        """One trial from its beginning to its end; None where what it may take is not left."""
+        begun = self._begin(task, self._forecast().of(task.recipe, task.rows), keep=keep)
+        if begun is None:
+            return None
+        entry, watch = begun
+        outcome = self.bench.work(task.recipe, task.rows, seed=task.seed, watch=watch, like=like)
+        return self.journal.end(dataclasses.replace(entry, **{f.name: getattr(outcome, f.name) for f in dataclasses.fields(outcome)}))
+
+    # --- what may be spent ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, task: Task, reserved: Spent, *, keep: Spent) -> tuple[Entry, Watch] | None:
+        """An entry for what fits into the rest, less what is kept for later, and the watcher that cuts it there."""
+        budget = {name: limit - (keep.get(name) or 0.0) for name, limit in self.effort.budget.items()}
+        rest, tail = left(self.journal.entries(), budget), self._forecast().tail()
+        entry = self.journal.begin(task, reserved=times(reserved, MARGIN), budget=budget)
+        if entry is None:
+            return None
+        beaten = [0.0]
+
+        def watch(spent: Spent) -> None:
+            if (spent["train_s"] or 0.0) - beaten[0] >= BEAT_S:
+                beaten[0] = spent["train_s"] or 0.0
+                self.journal.beat(entry, spent)
+            over = [name for name, bound in rest.items() if (spent.get(name) or 0.0) + (tail.get(name) or 0.0) > bound]
+            if over:
+                raise Cut(f"no {over[0]} is left for the rest of it", spent)
+
+        return entry, watch
+
+    def _kept(self, recipe: str, rows: int) -> Spent:
+        """What the end of the search will take: the fresh seeds on all rows, before them a first training on all where there was none, and their measuring."""
+        count = self.effort.confirm + (rows < self.rungs[-1] and not self._done(self.rungs[-1]))
+        forecast = self._forecast()
+        return plus(times(forecast.of(recipe, self.rungs[-1]), count), self._measuring(1)) if self.effort.confirm or count else {}
+
+    def _measuring(self, recipes: int) -> Spent:
+        """What measuring so many recipes together will take: as in a trial where trials measure, else an estimate at the pace of all so far."""
+        if not self.bench.measure_s:
+            return times(self._forecast().tail(), recipes)
+        spent = total(self.journal.entries())
+        wall = spent["train_s"] or 0.0
+        return {name: recipes * self.bench.measure_s * ((value or 0.0) / wall if wall else 0.0) for name, value in spent.items()}
+
+    def _time(self) -> None:
+        """The warm-up of a search with a budget: one recipe is timed, and what that took is counted."""
+        recipe = self._any()
+        entry = self.journal.begin(Task("timing"), reserved={}, budget={})
+        assert entry is not None, "nothing is asked of no budget"
+        spent, self._first = self.bench.timing(recipe)
+        self.journal.end(dataclasses.replace(entry, state="complete", spent=spent))
+        silent = [name for name in self.effort.budget if spent[name] is None]
+        if silent:
+            raise BudgetError(f"nothing here measures {silent[0]}, so no budget of it can be kept; state a power with --power idle=2W,busy=6W, or budget train_s")
+        asked = plus(times(self._first(self.rungs[0]), MARGIN), self._kept(recipe, self.rungs[0]))
+        if not within(asked, left(self.journal.entries(), self.effort.budget)):
+            needed = plus(asked, total(self.journal.entries()))
+            worst = max(self.effort.budget, key=lambda name: (needed[name] or 0.0) / self.effort.budget[name])
+            raise BudgetError(
+                f"a budget of {worst}={self.effort.budget[worst]:.4g} does not reach for one recipe on few rows and one on all with its fresh seeds: "
+                f"{needed[worst]:.4g} are needed, by the timing of {recipe}; give more, or fewer rows with --max-train, or fewer seeds with --confirm"
+            )
+
+    def _any(self) -> str:
+        """A recipe of the space that is one here, the same for every search of this seed."""
+        suggest, why = Seeded(self.effort.seed), ""
+        for _ in range(REPEATS):
+            try:
+                recipe = self.space.draw(suggest)
+                self.bench.key(recipe, self.rungs[0])
+            except (Incompatible, RecipeError) as error:
+                why = str(error)
+            else:
+                return recipe
+        raise Incompatible(f"{self.space.text!r}: of {REPEATS} draws none composes, as in {why}")
+
+    def _forecast(self) -> Forecast:
+        return Forecast(self.journal.entries(), self._first)
+
+    def _done(self, rows: int | None = None) -> list[Entry]:
+        """The finished trials, on so many rows or on any, whose objectives are all known."""
+        found = [e for e in self.journal.entries() if e.kind == "trial" and e.state == "complete" and None not in self.aims.values(e)]
+        return [e for e in found if rows is None or e.rows == rows]
