@@ -8,7 +8,7 @@ what it brings, and `from_pretrained` rebuilds it from its spelling in the confi
 from __future__ import annotations
 
 import contextlib
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,6 @@ from paretune.roles import Examples, Trail, Transform
 class AttentionTransform(Transform):
     """A transform that replaces every self-attention of a model; a method says `patch`, and `check` what it cannot take."""
 
-    hides_later: ClassVar[bool] = True  # may it be causal? else only attention in both directions is replaced
-
     def follow(self, trail: Trail) -> Trail:
         if trail.attention:
             raise Incompatible(f"{trail.attention} | {self!r}: {trail.attention} has replaced the attention already; leave one of the two out")
@@ -35,19 +33,8 @@ class AttentionTransform(Transform):
         return trail.replace(attention=repr(self))
 
     def sites(self, model: nn.Module) -> list[Site]:
-        """Every self-attention call that the method can take.
-
-        Raises:
-            Incompatible: where there is none.
-        """
-        found = attention.sites(model, "self.attention_call", asked_by=repr(self))
-        found = [site for site in found if self.hides_later or not hides_later(model, site)]
-        if not found:
-            raise Incompatible(
-                f"{self!r}: {type(model).__name__} hides later tokens from earlier ones, which {self.spelling()} cannot; "
-                "take an encoder, or longformer in its place"
-            )
-        return found
+        """Every self-attention call."""
+        return attention.sites(model, "self.attention_call", asked_by=repr(self))
 
     def decided(self, model: nn.Module, sites: list[Site]) -> Self:
         """The method with what it leaves to the machine or the model decided, as the saved model shall have it."""
@@ -210,3 +197,8 @@ def longest(model: nn.Module) -> int | None:
     """How many tokens, or patches with what stands before them, an input can have; None where there is no limit."""
     tables = [p for n, p in model.named_parameters() if n in anatomy.embeddings(model).positions]  # of images and sound
     return tables[0].shape[1] if tables else anatomy.positions(model)[1]
+
+
+def on_latents(model: nn.Module) -> bool:
+    """Do the model's layers compute on latents in the place of tokens?"""
+    return any(p.wraps for _, _, seam in seams.seams_of(model) for _, _, p in seam.patches([seams.ATTENTION]))

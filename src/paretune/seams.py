@@ -105,6 +105,7 @@ class Seam(nn.Module):
 
     def _wrapping(self, names: Sequence[str]) -> Iterator[Callable[..., Any]]:
         """What goes around the call: each patch; or, where rows have adapters of their own, the patches of a method together. A readout is outermost."""
+        yield from (patch.around for _, _, patch in self.patches([ATTENTION]) if patch.wraps)
         patches = [(a, k, p) for a, k, p in self.patches(names) if p.wraps]
         readout = [patch.around for _, _, patch in self.patches([READOUT])]
         if self.rows is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paretune import anatomy
+from paretune import anatomy, efficient
 from paretune.anatomy import Site
 from paretune.card import Card, knob
 from paretune.errors import Incompatible
@@ -51,6 +51,8 @@ class Head(Adapter):
             return []
         if getattr(model.config, "is_encoder_decoder", False):
             raise Incompatible(f"{self!r}: {type(model).__name__} reads one decoder position; pooling and features need an encoder or a decoder alone")
+        if self.features != "last" and efficient.on_latents(model):
+            raise Incompatible(f"{self!r}: the layers of this {type(model).__name__} compute on latents, and its embeddings are of tokens; take the last layer's alone")
         width, layers = model.config.hidden_size, model.config.num_hidden_layers
         features = Site(place=self._pooling(model), path=model.base_model_prefix, layer=layers, in_features=width, out_features=width)
         if self.features not in WIDTH:
@@ -67,6 +69,8 @@ class Head(Adapter):
         return [p for p in anatomy.head(model) if p.startswith(inside)] if self._pooling(model) != "model" or self.features != "last" else []
 
     def _pooling(self, model: nn.Module) -> str:
+        if self.pooling in ("auto", "mean") and efficient.on_latents(model):
+            return "latents"  # none of which is padding
         if self.pooling != "auto":
             return self.pooling
         text = anatomy.embeddings(model).tokens is not None
@@ -118,7 +122,7 @@ class Features(Patch):
     def _pool(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         if self.pooling == "cls":
             return hidden[:, 0]
-        if mask is None or mask.dim() != 2:
+        if self.pooling == "latents" or mask is None or mask.dim() != 2:
             return hidden.mean(1)
         keep = mask[..., None].to(hidden.dtype)  # (B, T, 1)
         return (hidden * keep).sum(1) / keep.sum(1)
