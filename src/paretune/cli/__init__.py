@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import click
 
 import paretune
-from paretune.cli import after, checkup, job, look
+from paretune.cli import after, analyze, checkup, job, look
 from paretune.errors import ParetuneError
 
-VERBS = (job.run, job.frontier, after.measure, after.report, after.predict, after.export, look.methods, look.targets, checkup.doctor)
+VERBS = (job.run, job.frontier, after.measure, after.report, after.predict, after.export, look.methods, look.targets, analyze.analyze, checkup.doctor)
 
 
 
