@@ -108,9 +108,12 @@ def test_the_real_clock_finds_the_slower_way(monkeypatch):
             plain = super().ways(module, dtype)["dequantized"]
             return {"thrice": lambda x: (plain(x), plain(x), plain(x))[0], "once": plain}
 
-    module = packed("fp8")
+    module, x = packed("fp8"), torch.randn(2, I, requires_grad=True)
     object.__setattr__(module, "method", Slow())
-    assert set(kernels.choices(module, torch.float32)) == {"once"}
+    with torch.inference_mode():
+        y = module(x)
+    assert set(*kernels._CHOSEN.values()) == {"once"}
+    assert torch.equal(module(x), y) and torch.autograd.grad(module(x).sum(), x)[0].shape == x.shape  # the same outside inference mode
 
 
 def test_a_slowdown_is_the_ratio_to_a_float_map(monkeypatch):
