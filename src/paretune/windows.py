@@ -12,15 +12,24 @@ Shapes: B rows, H heads, T queries, S keys, D features, n tokens, L keys that a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from paretune import efficient
+from paretune.attention import Attend, Call
+from paretune.errors import Incompatible
+from paretune.roles import Method
+
 CHUNK = (64, 256)  # fewest and most queries of a chunk: 128 and 256 tie on a CPU, 64 and 512 are slower at 16,384 tokens
 HIDDEN = -1  # in the place of a key's position: not to be seen here
+LENGTHS = (2, 3, 4, 6, 8)  # in windows: where the probe looks for the crossover
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +51,10 @@ class Band:
         """m: blocks of keys that a chunk reads on each side of its own."""
         return -(-self.window // self.chunk)
 
+    def sees_all(self, n: int) -> bool:
+        """Does every one of n tokens see all, or all before it?"""
+        return n <= self.first or self.dilation == 1 and n <= self.window + 1
+
     def sees(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Do queries at positions (T) see keys at positions (S), or HIDDEN? (T, S)"""
         apart = rows[:, None] - columns
@@ -50,7 +63,7 @@ class Band:
         return seen & (apart >= 0) if self.causal else seen
 
 
-def attend(query: Tensor, key: Tensor, *, value: Tensor, band: Band, mask: Tensor | None = None, scale: float | None = None, dropout: float = 0.0) -> Tensor:
+def banded(query: Tensor, key: Tensor, *, value: Tensor, band: Band, mask: Tensor | None = None, scale: float | None = None, dropout: float = 0.0) -> Tensor:
     """The output (B, T, H, D) of self-attention within a band.
 
     Args:
@@ -66,6 +79,119 @@ def attend(query: Tensor, key: Tensor, *, value: Tensor, band: Band, mask: Tenso
         for b in range(len(query))
     ]  # fmt: skip
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
+def attention(attend: Attend, call: Call, *, bands: Sequence[Band], dense_below: int, by: Method) -> tuple[Tensor, Tensor | None]:
+    """A model's self-attention call within bands, one for each equal group of heads.
+
+    Short calls, those of cached tokens and those of eager attention (asked for its weights) go the model's own way, with a
+    mask where the band hides a key; all others in chunks.
+
+    Raises:
+        Incompatible: for heads that cannot be grouped so, or scores that a family changes in its own way.
+    """
+    heads, queries, keys = call.query.shape[1], call.query.shape[2], call.key.shape[2]
+    if heads % len(bands):
+        raise Incompatible(f"{by!r}: {type(call.module).__name__} has {heads} heads, which do not make {len(bands)} equal groups")
+    if queries == keys and all(band.sees_all(keys) for band in bands):
+        return attend(call)
+    if queries < keys or keys < dense_below or call.implementation == "eager":
+        return attend(_hidden(call, bands))
+    efficient.refuse_further(call, by=by, allowed=("position_bias",))
+    key, value = efficient.repeated(call)
+    mask, how = _summed(call), {"scale": call.more.get("scaling"), "dropout": call.more.get("dropout", 0.0)}
+    size = heads // len(bands)
+    parts = []
+    for i, band in enumerate(bands):
+        own = slice(i * size, (i + 1) * size)
+        said = mask if mask is None or mask.shape[1] == 1 else mask[:, own]
+        parts.append(banded(call.query[:, own], key[:, own], value=value[:, own], band=band, mask=said, **how))
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0], None
+
+
+def _summed(call: Call) -> Tensor | None:
+    """The call's mask and bias by distance as one."""
+    mask, bias = call.mask, call.more.get("position_bias")
+    if mask is None or bias is None:
+        return mask if bias is None else bias
+    return bias.masked_fill(~mask, lowest(bias.dtype)) if mask.dtype == torch.bool else bias + mask
+
+
+def _hidden(call: Call, bands: Sequence[Band]) -> Call:
+    """The call with a mask that hides what the bands hide, and without the keys before all of them."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    last = keys - 1
+    if call.mask is not None and queries < keys:  # a cache of fixed size has room behind the last token
+        last = int(efficient.visible(call.mask)[:, 0, -1].any(0).nonzero().max())
+    begin = last - queries + 1
+    low = max(0, begin - max(b.window * b.dilation for b in bands)) if begin else 0
+    mask = None if call.mask is None else call.mask[..., low:]
+    more = dict(call.more)
+    if more.get("position_bias") is not None:
+        more["position_bias"] = more["position_bias"][..., low:]
+    seen = _seen(tuple(bands), call.query.shape[1] // len(bands), (begin, last + 1), (low, keys), call.query.device)
+    if seen.all():
+        return call._replace(key=call.key[:, :, low:], value=call.value[:, :, low:], mask=mask, more=more)
+    if mask is None:
+        mask = torch.zeros(seen.shape, dtype=call.query.dtype, device=seen.device).masked_fill_(~seen, lowest(call.query.dtype))
+    else:
+        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, lowest(mask.dtype))
+    return call._replace(key=call.key[:, :, low:], value=call.value[:, :, low:], mask=mask, more=more)
+
+
+@functools.lru_cache(32)
+@torch.inference_mode(False)
+def _seen(bands: tuple[Band, ...], heads: int, queries: tuple[int, int], keys: tuple[int, int], device: torch.device) -> Tensor:
+    """(1, 1 or H, T, S)"""
+    rows, columns = (torch.arange(*ends, device=device) for ends in (queries, keys))
+    each = [band.sees(rows, columns) for band in bands]
+    return each[0][None, None] if len(each) == 1 else torch.stack(each).repeat_interleave(heads, 0)[None]
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """What hides a key when it is added to its score: far below all scores, and no infinity in any narrower format."""
+    return torch.finfo(dtype).min / 2
+
+
+@functools.cache
+def crossover(window: int, device: str = "cpu") -> int:
+    """From how many tokens on the band takes less than all pairs with a mask, forward and backward: timed here, once per process."""
+    band = Band(window)
+    for times in LENGTHS:
+        n = times * max(window, band.chunk)
+        query, key, value = (torch.randn(1, n, 2, 64, device=device).transpose(1, 2).requires_grad_() for _ in range(3))
+        at = torch.arange(n, device=device)
+        mask = torch.zeros(n, n, device=device).masked_fill_(~band.sees(at, at), lowest(torch.float32))
+        ways = (
+            lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask),
+            lambda: banded(query, key, value=value, band=band),
+        )  # fmt: skip
+        with _one_thread():
+            seconds = [[_seconds(way, (query, key, value)) for way in ways] for _ in range(4)]
+        masked, chunked = map(min, zip(*seconds[1:], strict=True))
+        if chunked < masked:
+            return n
+    return 2 * n
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for others on a busy machine would be counted as if they worked."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds(way: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> float:
+    """Of forward and backward: of processor time on a CPU, whoever else is at work there."""
+    clock = time.process_time if inputs[0].device.type == "cpu" else time.perf_counter
+    started = clock()
+    with torch.enable_grad():
+        float(torch.autograd.grad(way().sum(), inputs)[0].sum())  # waits for the device
+    return clock() - started
 
 
 def _dilated(query: Tensor, key: Tensor, *, value: Tensor, band: Band, mask: Tensor | None, how: dict) -> Tensor:
@@ -136,16 +262,14 @@ class _Layout:
         rows = self.rows if mask.stride(1) else self.rows[..., :1]  # a mask of keys alone is read once
         said = mask[:, rows[..., None], self.columns.clamp_min(0)[..., None, :]]
         said = said.transpose(0, 1) if self.rows.dim() == 2 else said[None]
-        lowest = torch.finfo(self.bias.dtype).min
-        if said.dtype == torch.bool:
-            return self.bias.masked_fill(~said, lowest)
-        return said.to(self.bias.dtype).masked_fill(self.bias < 0, lowest)
+        low = lowest(self.bias.dtype)
+        return self.bias.masked_fill(~said, low) if said.dtype == torch.bool else said.to(self.bias.dtype).masked_fill(self.bias < 0, low)
 
 
 def _layout(band: Band, rows: Tensor, *, columns: Tensor, dtype: torch.dtype) -> _Layout:
     row, column = (rows[0], columns[0]) if rows.dim() == 2 else (rows, columns)
     bias = torch.zeros(len(row), len(column), dtype=dtype, device=rows.device)
-    return _Layout(rows, columns, bias.masked_fill_(~band.sees(row, column), torch.finfo(dtype).min))
+    return _Layout(rows, columns, bias.masked_fill_(~band.sees(row, column), lowest(dtype)))
 
 
 @functools.lru_cache(32)
