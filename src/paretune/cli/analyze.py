@@ -11,7 +11,7 @@ from paretune.cli.verbs import say
 
 
 @verb("paretune analyze attention --task stdlib-topics --backbone minilm --examples 16 --out out/")
-def analyze(subject: str, data: Data, backbone: str, examples: int, out: str) -> None:  # noqa: ARG001 - attention is the one subject
+def analyze(subject: str, data: Data, *, backbone: str, examples: int, out: str) -> None:  # noqa: ARG001 - attention is the one subject
     """Shows of what rank a backbone's attention is on DATA: the cumulative singular values of each layer and head.
 
     Writes attention.png and attention.json into the results folder. Where a quarter of the singular values has nearly all of the sum, linformer(k=n/4) can keep it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,26 +41,26 @@ def draw(found: Spectra, *, title: str) -> Figure:
 
 def _curves(axes: Axes, found: Spectra) -> None:
     colors = colormaps["viridis"]
-    count = len(found.cumulative)
-    for i, layer in enumerate(found.cumulative):
+    count, at = len(found.cumulative), found.at.numpy()
+    for i, layer in enumerate(found.cumulative.numpy()):
         color = colors(0.9 * i / max(1, count - 1))
-        axes.fill_between(found.at, layer.amin(0), layer.amax(0), color=color, alpha=0.12, linewidth=0)
-        axes.plot(found.at, layer.mean(0), color=color, linewidth=1.8, label=f"layer {i}")
+        axes.plot(at, layer.T, color=color, alpha=0.25, linewidth=0.6)
+        axes.plot(at, layer.mean(0), color=color, linewidth=2.2, label=f"layer {i}")
     axes.plot([0, 1], [0, 1], color=_GREY, linewidth=0.8, linestyle=":", label="all alike")
     axes.axvline(QUARTER, color=_GREY, linewidth=0.8, linestyle="--")
     axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="largest singular values, as a share of n", ylabel="their share of the sum of all")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1))
-    axes.set_title("mean of a layer's heads, and from the least head to the greatest", loc="left", fontsize=9)
+    axes.set_title("each head, and in bold the mean of a layer's heads", loc="left", fontsize=9)
     axes.legend(fontsize=8, frameon=False, loc="lower right", ncols=1 + (count > 8))
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _map(figure: Figure, axes: Axes, found: Spectra) -> None:
-    values = found.reached(QUARTER)
+    values = found.reached(QUARTER).numpy()
     image = axes.imshow(values, cmap="viridis", vmin=QUARTER, vmax=1.0, aspect="auto")
-    if values.numel() <= 160:
-        for (layer, head), value in ((at, float(values[at])) for at in ((i, j) for i in range(values.shape[0]) for j in range(values.shape[1]))):
+    if values.size <= 160:
+        for (layer, head), value in numpy.ndenumerate(values):
             axes.text(head, layer, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="black" if value > 0.7 else "white")
     axes.set(xlabel="head", ylabel="layer")
     for axis in (axes.xaxis, axes.yaxis):

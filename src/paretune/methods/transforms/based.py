@@ -147,7 +147,7 @@ class Recurrent(CacheLayerMixin):
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *further: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """The window's keys and values with the new ones behind them; the attention call then absorbs what has left the window."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
