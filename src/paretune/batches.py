@@ -38,11 +38,11 @@ def by_length(lengths: Sequence[int], batch: int) -> list[list[int]]:
     return [order[i : i + batch] for i in range(0, len(order), batch)]
 
 
-def parts(indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """The indices, from short to long, cut so that a part holds at most `CACHED` tokens with its padding; a longer example stands alone."""
+def parts(indices: Sequence[int], lengths: Sequence[int], *, tokens: int | None = None) -> list[list[int]]:
+    """The indices, from short to long, cut so that a part holds at most so many tokens (`CACHED`) with its padding; a longer example stands alone."""
     cut: list[list[int]] = []
     for i in sorted(indices, key=lengths.__getitem__):
-        if not cut or (len(cut[-1]) + 1) * lengths[i] > CACHED:
+        if not cut or (len(cut[-1]) + 1) * lengths[i] > (tokens or CACHED):
             cut.append([])
         cut[-1].append(i)
     return cut

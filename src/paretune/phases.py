@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from paretune import backbones, hub, inference, processors, registry, store, surgery, teachers, training
+from paretune import backbones, fitting, hub, inference, processors, registry, store, surgery, teachers, training
 from paretune.backbones import Backbone
 from paretune.errors import Incompatible
 from paretune.meters import energy
@@ -173,7 +173,9 @@ def _train(plan: Plan, k: int, model: nn.Module, work: Path) -> dict[str, Any]:
         surgery.attach(model, adapters, name=f"phase_{k}", on_top=True, head=schedule.head)
         found.update(about, **dict(zip(("trainable_parameters", "head_parameters"), surgery.count(model), strict=True)))
         counted = dataclasses.replace(settings, spending=spending)
-        fitted.append(training.fit(model, plan.task, schedule=schedule, modifiers=modifiers, settings=counted))
+        with fitting.within(model, plan.options.training.max_memory_mb) as limits:
+            fitted.append(training.fit(model, plan.task, schedule=schedule, modifiers=[*modifiers, *limits], settings=counted))
+        found.update({"memory_cut": dataclasses.asdict(limit.cut) for limit in limits})
 
     record = _metered(plan, learn)
     each = training.flops_per_example(model, plan.task, schedule=schedule)

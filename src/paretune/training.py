@@ -90,6 +90,7 @@ class Loop:
         self.lengths = [task.kind.length(e) for e in self.encodings]
         self.split = features.Split(model, self.encodings)
         self.optimizer = _optimizer(self.parameters, schedule, surgery.in_head(model))
+        self.tokens: int | None = None  # at most so many at once, where memory is limited
         self.epoch = self.step = self.examples = 0
         self.indices: list[int] = []  # the training examples of the batch that is at work
         self.history: list[dict[str, float]] = []
@@ -194,9 +195,9 @@ class Loop:
 
     def _micro_batches(self, indices: list[int]) -> list[list[int]]:
         size = self.schedule.micro_batch or len(indices)
-        if self.schedule.micro_batch or self.accelerator.device.type != "cpu" or any(events.whole_batches for events in self.events):
-            return [indices[i : i + size] for i in range(0, len(indices), size)]
-        return batches.parts(indices, self.lengths)
+        slices = [indices[i : i + size] for i in range(0, len(indices), size)]
+        whole = self.schedule.micro_batch or self.accelerator.device.type != "cpu" or any(events.whole_batches for events in self.events)
+        return slices if whole and not self.tokens else [part for piece in slices for part in batches.parts(piece, self.lengths, tokens=self.tokens)]
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """(summed loss with every modifier's share, number of targets) of one batch on the device."""

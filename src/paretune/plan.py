@@ -1,0 +1,196 @@
+"""What a run will take, before it begins: time, memory, disk and joules, from a rehearsal of each phase on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from paretune import allotment, batches, fitting, phases, rehearsal, training
+from paretune.events import Events
+from paretune.meters.carbon import KWH_J, Factor
+from paretune.meters.memory import Peak
+from paretune.meters.reading import Reading, missing
+from paretune.methods.modifiers.schedule import Schedule
+from paretune.phases import Plan
+from paretune.probe import Pace
+from paretune.recipe import Phase, is_training, spell
+from paretune.rehearsal import Took, now
+from paretune.roles import Readout
+from paretune.units import show
+
+WITHIN = 0.25  # of the truth, nine times in ten: docs/plan.md
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One phase, or what follows the last."""
+
+    name: str
+    took: Took
+    peak_mb: float | None = None
+    saved_mb: float = 0.0
+    flops: float | None = None
+    energy_j: float | None = None
+    spread: float = 0.0  # of the timed batches, relative
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a run will take; every figure is an estimate."""
+
+    stages: tuple[Stage, ...]
+    rehearsal_s: float
+    power: str = ""  # why there are no joules
+
+    @property
+    def training(self) -> Took:
+        """Of all phases: `train_s` and `train_cpu_s` of the run."""
+        return sum((stage.took for stage in self.stages[:-1]), Took())
+
+    @property
+    def whole(self) -> Took:
+        """With scoring, saving and measuring."""
+        return self.training + self.stages[-1].took
+
+    @property
+    def peak_mb(self) -> float:
+        """`train_peak_mb` of the run."""
+        return max(stage.peak_mb for stage in self.stages if stage.peak_mb is not None)
+
+    @property
+    def saved_mb(self) -> float:
+        """Of the models that stay on disk, one for each phase."""
+        return sum(stage.saved_mb for stage in self.stages)
+
+    @property
+    def energy(self) -> Reading:
+        """`train_energy_j` of the run."""
+        known = [stage.energy_j for stage in self.stages if stage.energy_j is not None]
+        if not known:
+            return missing("J", self.power)
+        joules = sum(known)
+        return Reading(joules, "J", *self.around(joules), source="the power during the rehearsal, times the expected seconds", estimate=True)
+
+    def around(self, value: float) -> tuple[float, float]:
+        """The interval about an expected value."""
+        apart = max(WITHIN, 2 * max(stage.spread for stage in self.stages))
+        return value / (1 + apart), value * (1 + apart)
+
+
+def expect(plan: Plan) -> Expected:
+    """Rehearses each phase on a few batches, on the model as the phases before leave it; writes nothing.
+
+    Raises:
+        BudgetError: where a limit of memory is set and nothing fits it.
+    """
+    started = now()
+    model = phases.first_model(plan)
+    stages: list[Stage] = []
+    scored, watts, reason = Took(), None, "nothing is trained, so no power was read"
+    for k, phase in enumerate(plan.recipe.phases):
+        if is_training(phase):
+            stage, found, reason = _trained(model, plan, k)
+            watts, scored = found.power_w, found.answer
+        else:
+            stage, scored = _passed(model, phase, plan=plan, watts=watts)
+        stages.append(dataclasses.replace(stage, saved_mb=_bytes(model) / 1e6))
+    rows = len(plan.task.validation) + len(plan.task.test)
+    if scored == Took():
+        scored = rehearsal.answer(model, plan.task)
+    last = scored * rows + Took(allotment.PER_RUN_S, allotment.PER_RUN_S)
+    return Expected((*stages, Stage("scoring, measuring", last)), (now() - started).wall_s, reason)
+
+
+def _trained(model: nn.Module, plan: Plan, k: int) -> tuple[Stage, rehearsal.Rehearsed, str]:
+    phase, weigher = plan.recipe.phases[k], _Weigher(plan)
+    with fitting.within(model, plan.options.training.max_memory_mb) as limits:
+        found = rehearsal.rehearse(model, plan, k=k, beside=[*limits, weigher])
+    found = dataclasses.replace(found, once=found.once - weigher.took)
+    took = found.training(len(plan.task.train), watched=training.watched_of(plan.task))
+    flops = weigher.counted_flops and weigher.counted_flops * len(plan.task.train) * weigher.per_row * found.epochs * found.share
+    energy = None if found.power_w is None else found.power_w * took.wall_s
+    return Stage(spell((phase,)), took, weigher.peak_mb, flops=flops, energy_j=energy, spread=found.spread), found, found.reason
+
+
+def _passed(model: nn.Module, phase: Phase, *, plan: Plan, watts: float | None) -> tuple[Stage, Took]:
+    """A transform or readout: a transform is done as it will be, a readout sees a few rows."""
+    if isinstance(phase[0], Readout):
+        with Peak(plan.options.compute.device) as peak:
+            found = rehearsal.readout(model, phase[0], task=plan.task)
+        took, scored = found.training(len(plan.task.train), watched=0), found.answer
+    else:
+        started = now()
+        with Peak(plan.options.compute.device) as peak:
+            rehearsal.pass_through(model, phase, task=plan.task)
+        took, scored = now() - started, Took()
+    return Stage(spell((phase,)), took, peak.reading.value, energy_j=None if watts is None else watts * took.wall_s), scored
+
+
+def _bytes(model: nn.Module) -> float:
+    return float(sum(t.numel() * t.element_size() for t in model.state_dict().values()))
+
+
+class _Weigher(Events):
+    """Counts memory and FLOPs of a training that is about to begin, at the pace that the probe chose."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.asked = plan
+        self.took, self.peak_mb, self.counted_flops, self.per_row = Took(), 0.0, None, 1.0
+
+    def events(self, loop: training.Loop) -> Events:
+        self.resident_b = fitting.resident_b(loop.accelerator.device)
+        return self
+
+    def pace(self, loop: training.Loop, pace: Pace) -> Pace:
+        started = now()
+        kind, size = loop.task.kind, loop.schedule.batch
+        rows = rehearsal.sample(self.asked.task.train, rehearsal.SAMPLE * size)
+        encodings = training.encode(loop.task, rows, model=loop.model)
+        lengths = [kind.length(e) for e in encodings]
+        self.per_row = len(encodings) / len(rows)
+        found = fitting.appetite(loop.model, kind, encodings=encodings, collate=loop.collate, pace=pace, dropout=loop.schedule.dropout)
+        steps = [_parts(loop, indices, lengths) for indices in batches.epoch_batches(lengths, None, batch=size, random=batches.generator(0, 0))]
+        held = max(found.of(len(part), max(lengths[i] for i in part)) for step in steps for part in step)
+        self.resident_b += fitting.encodings_b(encodings) * len(self.asked.task.train) / len(rows)
+        learning = sum(p.numel() for p in loop.parameters.values())
+        self.peak_mb = fitting.peak_b(self.resident_b, learning, held, parts=max(map(len, steps)) > 1) / 1e6
+        self.counted_flops = training.flops_per_example(loop.model, loop.task, schedule=loop.schedule)
+        self.took = now() - started
+        return pace
+
+
+def _parts(loop: training.Loop, indices: list[int], lengths: list[int]) -> list[list[int]]:
+    """What the loop makes of a step of other examples than its own."""
+    size = loop.schedule.micro_batch or len(indices)
+    slices = [indices[i : i + size] for i in range(0, len(indices), size)]
+    whole = loop.schedule.micro_batch or loop.accelerator.device.type != "cpu"
+    return slices if whole and not loop.tokens else [part for piece in slices for part in batches.parts(piece, lengths, tokens=loop.tokens)]
+
+
+def describe(expected: Expected, *, price: Factor | None = None) -> list[str]:
+    """Lines for people: a row for each stage, then the sums with their intervals."""
+    rows = [("", "time", "CPU time", "peak memory", "on disk", "FLOPs")]
+    for stage in expected.stages:
+        rows.append((stage.name, show(stage.took.wall_s, "s"), show(stage.took.cpu_s, "s"), show(stage.peak_mb, "MB"),
+                     show(stage.saved_mb or None, "MB"), show(stage.flops, "FLOP")))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+    joules, watts = expected.energy, expected.power
+    lines += [
+        "",
+        f"training      {_range(expected, expected.training.wall_s, 's')}, CPU time {_range(expected, expected.training.cpu_s, 's')}",
+        f"all           {_range(expected, expected.whole.wall_s, 's')}",
+        f"peak memory   {_range(expected, expected.peak_mb, 'MB')}",
+        f"disk          {show(expected.saved_mb, 'MB')} of models",
+        f"energy        {watts if joules.value is None else _range(expected, joules.value, 'J') + ', training'}",
+    ]
+    if price is not None and joules.value is not None:
+        low, cost, high = (value * price.per_kwh / KWH_J for value in (joules.low, joules.value, joules.high))
+        lines.append(f"money         {cost:.2g} {price.unit} [{low:.2g}, {high:.2g}], {price.source}")
+    return [*lines, "", f"estimates, from {expected.rehearsal_s:.0f} s of rehearsal; nothing was written"]
+
+
+def _range(expected: Expected, value: float, unit: str) -> str:
+    low, high = expected.around(value)
+    return f"{show(value, unit)} [{show(low, unit)}, {show(high, unit)}]"
