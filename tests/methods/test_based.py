@@ -9,6 +9,7 @@ import steps
 import tiny
 import torch
 import work
+from torch.utils.flop_counter import FlopCounterMode
 
 from paretune import anatomy, phases, seams, taylor
 from paretune.chunks import beside, chunks, places_beside
@@ -152,3 +153,12 @@ def test_full_trains_the_maps_and_what_has_none_is_refused():
 def test_a_bias_by_distance_is_refused():
     with pytest.raises(Incompatible, match="bias by distance"):
         phases.shrink(work.ready("t5"), Based(window=2), None)
+
+
+@pytest.mark.parametrize("length", [16, 32])
+def test_its_products_are_those_that_the_card_declares(length):
+    w, f = 4, 1 + LOW + LOW**2
+    with FlopCounterMode(display=False) as counted:
+        taylor.parallel(heads(length), window=w, causal=True)
+    each = 2 * w * (D + LOW) + 2 * w * (D + 1) + 2 * f * (D + 1)  # scores of both kinds, their values, sums in and out
+    assert counted.get_total_flops() == 2 * B * H * length * each

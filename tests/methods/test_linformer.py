@@ -7,6 +7,8 @@ import steps
 import tiny
 import torch
 import work
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from paretune import anatomy, phases, seams
 from paretune.errors import Incompatible
@@ -96,3 +98,16 @@ def test_what_cannot_be_is_refused():
     model = changed(k=2, length=8)
     with pytest.raises(Incompatible, match="9 tokens"):
         model(**tiny.inputs("bert", length=9))
+
+
+@pytest.mark.parametrize("length", [16, 48])
+def test_its_products_are_those_that_the_card_declares(length):
+    """What a model's pass takes without attention, and 4 n k D for each of its 2 · 4 heads of width 4."""
+    whole, none = (phases.shrink(work.ready("bert"), Linformer(k=k), None) for k in (8, 4))
+    found = []
+    for model in (whole, none):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+            model(input_ids=torch.full((1, length), 7))
+        found.append(counted.get_total_flops())
+    masks = 2 * length * (8 - 4)  # the shares of tokens, once for a layer's heads
+    assert found[0] - found[1] == 2 * (2 * 4 * 4 * length * (8 - 4) * 4 + masks)

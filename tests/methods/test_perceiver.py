@@ -7,6 +7,7 @@ import steps
 import tiny
 import torch
 import work
+from torch.utils.flop_counter import FlopCounterMode
 
 from paretune import anatomy, phases, seams, surgery
 from paretune.errors import Incompatible
@@ -127,3 +128,11 @@ def test_pooled_features_are_the_mean_of_the_latents_whatever_the_padding():
     surgery.attach(plain, [Head(pooling="mean")])
     with pytest.raises(Incompatible, match="put perceiver before it"):
         phases.shrink(plain, Perceiver(), None)
+
+
+@pytest.mark.parametrize("n", [16, 48])
+def test_its_products_are_those_that_the_card_declares(n):
+    made, m, d = Reading(4, width=8), 4, 8
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        made(torch.randn(1, n, d), None)
+    assert counted.get_total_flops() == 2 * (2 * n * d**2 + 2 * n * m * d + 2 * m * d**2)

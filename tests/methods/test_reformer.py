@@ -10,6 +10,7 @@ import steps
 import tiny
 import torch
 import work
+from torch.utils.flop_counter import FlopCounterMode
 
 from paretune import phases, seams
 from paretune.errors import Incompatible
@@ -124,3 +125,11 @@ def test_all_weights_learn_and_decoders_are_refused():
     for family in ("gpt2", "t5"):
         with pytest.raises(Incompatible, match="later ones"):
             phases.shrink(work.ready(family), Reformer(), None)
+
+
+@pytest.mark.parametrize("length", [16, 32])
+def test_its_products_are_those_that_the_card_declares(length):
+    x, v, R = tensors(length, rounds=3)
+    with FlopCounterMode(display=False) as counted:
+        reformer.attention(x, v, R=R, size=4, real=torch.ones(B, length, dtype=torch.bool))
+    assert counted.get_total_flops() == 2 * B * H * 3 * length * (4 * 4 + length // (2 * 4)) * D

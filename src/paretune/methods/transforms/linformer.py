@@ -35,7 +35,7 @@ class Linformer(AttentionTransform):
         arxiv="2006.04768",
         equation="softmax(Q (E K)ᵀ) (F V)",
         lowers="E",
-        why="Time and memory grow as n k D, and no longer as n² D; each position up to `length` has k weights in E and in F, which have to be learned.",
+        why="A head takes 4 n k D products, in place of 2 n² D, and memory as n k; each position up to `length` has k weights in E and in F, which have to be learned.",
         note="Encoders alone: a mixture of all tokens knows of later ones. Inputs have at most `length` tokens. Attention weights have no dropout. "
         "Opens with transformers and paretune.",
     )
@@ -110,7 +110,7 @@ class Projected(Replacement):
         if keep is not None or keys < longest:
             real = key.new_ones(1, keys) if keep is None else keep.to(key.dtype)
             key, value = (x * real[:, None, :, None] for x in (key, value))
-            bias = shares(E, real).to(key.dtype)
+            bias = shares(E, real).to(call.query.dtype)
         key, value = (table[..., :keys].to(x.dtype) @ x for table, x in ((E, key), (F_, value)))  # E K, F V: (B, H, k, D)
         out = F.scaled_dot_product_attention(call.query, key.to(call.query.dtype), value.to(call.query.dtype), bias, scale=call.more.get("scaling"))
         return out.transpose(1, 2).contiguous(), None

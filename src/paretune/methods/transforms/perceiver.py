@@ -35,7 +35,8 @@ class Perceiver(AttentionTransform):
         arxiv="2103.03206",
         equation="Z = L + W_o softmax(q(L) k(X)ᵀ) W_v X, then the layers on Z",
         lowers="E",
-        why="Time grows as n m D for the reading and m² D + m D² for each layer, so that depth costs the same at any length; L and four maps have to be learned.",
+        why="The reading takes 2 n D² + 2 n m D products and some for the latents alone, and each layer has m places in the place of n, so that depth costs the same "
+        "at any length; L and four maps have to be learned.",
         note="Encoders with one answer for an input alone: latents are not tokens, and answer no question about each. Untrained latents know nothing of the input's "
         "parts, so a training phase has to follow. Opens with transformers and paretune.",
     )

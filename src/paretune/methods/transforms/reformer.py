@@ -40,7 +40,8 @@ class Reformer(AttentionTransform):
         arxiv="2001.04451",
         equation="o = Σ_r exp(z^r − z) softmax(q kᵀ / |k|) v within a bucket, q = k",
         lowers="E",
-        why="Time grows as rounds · n · 2 bucket_size · D and a sort of n, memory as rounds · n, and no longer as n²; what the hash misses is not seen.",
+        why="A head takes rounds · n · (4 bucket_size + n / (2 bucket_size)) · D products, the latter of them for the hash, and a sort, in place of 2 n² D, and "
+        "memory as rounds · n · bucket_size; what the hash misses is not seen.",
         note="Encoders alone: where a chunk ends depends on the hashes of all tokens, the later ones, too. Queries and keys become one, which changes the output "
         "of a loaded model at any length, so a training phase has to follow. Attention weights have no dropout. Opens with transformers and paretune.",
     )
