@@ -128,17 +128,15 @@ class Journal:
         return [self.end(dataclasses.replace(entry, state="killed", reason="its process was killed")) for entry in dead]
 
     def _rows(self) -> list[dict[str, Any]]:
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]
         try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except json.JSONDecodeError as error:
+            return [json.loads(line) for line in _whole_lines(self.path).splitlines()]
+        except ValueError as error:
             raise store.StoreError(f"{self.path} is damaged ({error}); move it away and search again in another --out") from None
 
     def _add(self, event: str, facts: dict[str, Any]) -> None:
         row = {"event": event, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"), **facts}
         with store.writing(self.path), self.path.open("ab") as file:
-            file.truncate(_whole(self.path))
+            file.truncate(len(_whole_lines(self.path)))
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
@@ -149,18 +147,10 @@ class Journal:
             yield
 
 
-def _whole(path: Path) -> int:
-    """The bytes up to the end of the last whole line."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            size = min(end, 4096)
-            file.seek(end - size)
-            at = file.read(size).rfind(b"\n")
-            if at >= 0:
-                return end - size + at + 1
-            end -= size
-    return 0
+def _whole_lines(path: Path) -> bytes:
+    """What the file holds, without the last line where a killed process left it half-written."""
+    held = path.read_bytes() if path.is_file() else b""
+    return held[: held.rfind(b"\n") + 1]
 
 
 def total(entries: Sequence[Entry]) -> Spent:

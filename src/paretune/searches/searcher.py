@@ -21,6 +21,7 @@ from paretune.searches.study import Proposal, Study
 
 ROWS = "rows"  # the parameter of a proposal that says on how many training rows
 REPEATS = 40  # proposals in a row that were tried before or do not compose; then the space counts as known
+DEAR = 4  # proposals in a row that cost more than is left; then the budget counts as spent
 CHOSEN = 3  # recipes of the frontier that are trained again
 BEAT_S = 5.0  # a sign of life is written so often
 
@@ -48,7 +49,7 @@ class Searcher:
 
     def __init__(self, space: Space, bench: Bench, *, study: Study, journal: Journal, aims: Aims, rungs: tuple[int, ...], effort: Effort) -> None:
         self.space, self.bench, self.study, self.journal, self.aims = space, bench, study, journal, aims
-        self.rungs, self.effort = rungs, effort
+        self.rungs, self.effort, self.fresh = rungs, effort, effort.confirm  # fresh: seeds of the end for which something is kept
         self._first: Callable[[int], Spent] = lambda rows: dict.fromkeys(SPENDABLE, 0.0)
 
     def run(self) -> None:
@@ -73,13 +74,18 @@ class Searcher:
 
     def _new(self) -> bool:
         """Tries a recipe that the study proposes, on the fewest rows; False at the end of trials, space or budget."""
+        dear = 0
         for _ in range(REPEATS):
             tried = {e.recipe for e in self.journal.entries() if e.kind == "trial" and e.state != "killed"}
             if len(tried) >= min(self.space.size, math.inf if self.effort.trials is None else self.effort.trials):
                 return False
             proposal = self._propose({})
             if proposal is not None and not self._known(proposal, self.rungs[0]):
-                return self._try(proposal, self.rungs[0])
+                dear += 1
+                if self._try(proposal, self.rungs[0]):
+                    return True
+            if dear == DEAR:
+                break
         return False
 
     def _up(self) -> bool:
@@ -96,10 +102,11 @@ class Searcher:
         return False
 
     def _straight_up(self) -> None:
-        """Where no recipe has seen all rows yet: the best one that can be paid does."""
-        for entry in self.aims.order(self._done()):
-            if self._try_on(entry, self.rungs[-1]) and self._done(self.rungs[-1]):
-                return
+        """Where no recipe has seen all rows yet: the best one that can be paid does, if need be with what was kept for fresh seeds."""
+        for self.fresh in (self.effort.confirm, 0):
+            for entry in self.aims.order(self._done()):
+                if self._try_on(entry, self.rungs[-1]) and self._done(self.rungs[-1]):
+                    return
 
     def _again(self) -> None:
         """Takes up trials whose process was killed; one that was killed twice is left."""
@@ -219,9 +226,9 @@ class Searcher:
 
     def _kept(self, recipe: str, rows: int) -> Spent:
         """What the end of the search will take: the fresh seeds on all rows, before them a first training on all where there was none, and their measuring."""
-        count = self.effort.confirm + (rows < self.rungs[-1] and not self._done(self.rungs[-1]))
+        count = self.fresh + (rows < self.rungs[-1] and not self._done(self.rungs[-1]))
         forecast = self._forecast()
-        return plus(times(forecast.of(recipe, self.rungs[-1]), count), self._measuring(1)) if self.effort.confirm or count else {}
+        return plus(times(forecast.of(recipe, self.rungs[-1]), count), self._measuring(min(1, self.fresh)))
 
     def _measuring(self, recipes: int) -> Spent:
         """What measuring so many recipes together will take: as in a trial where trials measure, else an estimate at the pace of all so far."""

@@ -37,7 +37,7 @@ class Study:
     """Proposals and answers under one name.
 
     Args:
-        url: `sqlite:///...` or `postgresql://...`.
+        url: `sqlite:///...` or `postgresql://...`; None keeps it in this process, for replays.
         better: of each answered value, "lower" or "higher".
         sampler: "gp", "tpe" or "random"; see `sampler_for`.
         seed: the same seed and the same answers give the same proposals.
@@ -46,16 +46,16 @@ class Study:
         StoreError: where Optuna is not installed, or the storage cannot be opened.
     """
 
-    def __init__(self, url: str, *, name: str = "search", better: Sequence[str], sampler: str, seed: int = 0) -> None:
+    def __init__(self, url: str | None, *, name: str = "search", better: Sequence[str], sampler: str, seed: int = 0) -> None:
         self.optuna, self.sampler, self.seed = _optuna(), sampler, seed
         directions = ["maximize" if way == "higher" else "minimize" for way in better]
-        if not url.startswith(("sqlite:", "postgresql")):
+        if url is not None and not url.startswith(("sqlite:", "postgresql")):
             raise StoreError(f"storage {url!r} is of no kind that survives a killed process here; give sqlite:///file.db or postgresql://user@host/name")
         with _calm():
             try:
                 self.study = self.optuna.create_study(storage=url, study_name=name, directions=directions, load_if_exists=True)
-            except (self.optuna.exceptions.StorageInternalError, ImportError, ValueError, OSError) as error:
-                raise StoreError(f"storage {url!r} cannot be opened ({str(error).splitlines()[0]})") from error
+            except (_database_error(), self.optuna.exceptions.OptunaError, ImportError, ValueError) as error:
+                raise StoreError(f"storage {url!r} cannot be opened ({str(error).splitlines()[0]}); give another, or move a damaged file away") from error
         self._open: dict[int, Any] = {}
 
     def propose(self, draw: Callable[[Suggest], str], *, fixed: Mapping[str, Any] | None = None) -> Proposal:
@@ -129,6 +129,12 @@ def _optuna() -> Any:
         raise StoreError("a search needs Optuna, which is not installed: pip install 'paretune[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
+
+
+def _database_error() -> type[Exception]:
+    """What the library under Optuna raises of a database that cannot be reached or read."""
+    found: type[Exception] = importlib.import_module("sqlalchemy.exc").SQLAlchemyError
+    return found
 
 
 @contextlib.contextmanager

@@ -1,0 +1,162 @@
+"""The searcher over recorded figures: it never spends past its budget, counts everything, goes cheap to expensive, and goes on after a kill."""
+
+from __future__ import annotations
+
+import collections
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+from pool import RUNGS, Pool, searcher
+
+from paretune.errors import BudgetError
+from paretune.pareto import budgets
+from paretune.searches import study as studies
+from paretune.searches.aims import Aims
+from paretune.searches.found import Found, break_even
+from paretune.searches.journal import Journal, total
+from paretune.searches.searcher import Effort
+from paretune.searches.space import read
+
+
+def entries(folder: Path, kind: str = "trial") -> list:
+    return [e for e in Journal(folder / "trials.jsonl").entries() if e.kind == kind]
+
+
+def told(folder: Path) -> list[tuple[str, int, str]]:
+    return [(e.recipe, e.rows, e.state) for e in entries(folder)]
+
+
+@pytest.mark.parametrize("seconds", [25.0, 60.0])
+@pytest.mark.parametrize("slow", [1.0, 4.0])
+def test_it_never_spends_past_its_budget(tmp_path, seconds, slow):
+    """Half of the recipes take so many times longer than they should: they are cut, and what they spent is counted."""
+    bench = Pool(slow=lambda recipe: slow if "ffn" in recipe else 1.0, fails=lambda recipe: "r=4," in recipe)
+    searcher(tmp_path, bench, budget={"train_s": seconds, "train_energy_j": 4.5 * seconds}, seed=1).run()
+    every = Journal(tmp_path / "trials.jsonl").entries()
+    spent = total(every)
+    assert spent["train_s"] <= seconds and spent["train_energy_j"] <= 4.5 * seconds
+    assert spent["train_energy_j"] >= 0.4 * 4.5 * seconds or seconds < 60  # and it uses what it may; of little, much is kept for the end
+    assert all(e.spent["train_s"] > 0 for e in every)  # whatever became of it
+    assert entries(tmp_path, "timing") and len(told(tmp_path)) == len({(r, n) for r, n, _ in told(tmp_path)})
+    assert {(e.recipe, e.rows) for e in entries(tmp_path)} == {(r, n) for r, n, seed in bench.told if seed == 1}
+    assert any(e.rows == RUNGS[-1] and e.state == "complete" for e in entries(tmp_path))  # enough was kept for all rows
+
+
+def test_a_trial_that_is_longer_than_what_is_left_is_cut_and_paid(tmp_path):
+    searcher(tmp_path, Pool(slow=lambda recipe: 40.0), budget={"train_s": 30.0}, confirm=0).run()
+    cut = [e for e in entries(tmp_path) if e.state == "cut"]
+    assert cut and all(e.spent["train_s"] > 1 and "no train_s is left" in e.reason for e in cut)
+    assert total(Journal(tmp_path / "trials.jsonl").entries())["train_s"] <= 30.0
+
+
+def test_a_budget_that_reaches_for_nothing_is_refused_with_what_is_needed(tmp_path):
+    bench = Pool()
+    with pytest.raises(BudgetError, match=r"train_s=8 does not reach .* are needed"):
+        searcher(tmp_path, bench, budget={"train_s": 8.0}).run()
+    assert not bench.told
+    with pytest.raises(BudgetError, match="needs an end"):
+        Effort({})
+
+
+def test_the_same_seed_gives_the_same_trials_also_after_a_kill(tmp_path, monkeypatch):
+    folders = [tmp_path / name for name in ("whole", "again", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setattr(studies, "STARTUP", 3)
+    for folder in folders[:2]:
+        searcher(folder, Pool(), trials=6, sampler="tpe").run()
+    assert told(folders[0]) == told(folders[1])
+    for after in (1, 2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            searcher(folders[2], Pool(after=after), trials=6, sampler="tpe", kept=True).run()
+        _forget_owner(folders[2])
+    searcher(folders[2], Pool(), trials=6, sampler="tpe", kept=True).run()
+    finished = [t for t in told(folders[2]) if t[2] == "complete"]
+    assert collections.Counter(finished) == collections.Counter(told(folders[0]))  # none lost, none twice
+    assert sum(state == "killed" for _, _, state in told(folders[2])) == 3
+
+
+def _forget_owner(folder: Path) -> None:
+    """As if the process that was interrupted had been killed: it is this one, and lives on."""
+    mine, nobody = f'"pid": {os.getpid()}', '"pid": 999999999'
+    file = folder / "trials.jsonl"
+    file.write_text(file.read_text().replace(mine, nobody))
+    base = sqlite3.connect(folder / "study.db")
+    with base:
+        base.execute("update trial_user_attributes set value_json = replace(value_json, ?, ?)", (mine, nobody))
+    base.close()
+
+
+def test_what_is_tried_twice_costs_once(tmp_path):
+    bench = Pool()
+    space = 'lora(r=2, targets={attention, "attention", \'attention\'})'  # three spellings of one recipe
+    searcher(tmp_path, bench, trials=9, space=space, rungs=(900,), confirm=0).run()
+    assert len(bench.told) == len(told(tmp_path)) == 1
+
+
+def test_a_space_that_is_known_ends_the_search(tmp_path):
+    bench = Pool()
+    searcher(tmp_path, bench, trials=50, space="lora(r={1, 2, 4, 8})", rungs=(900,), confirm=0).run()
+    assert {r for r, _, _ in bench.told} == {r for r in read("lora(r={1, 2, 4, 8})").every()}
+
+
+def test_many_see_few_rows_and_few_see_all(tmp_path):
+    searcher(tmp_path, Pool(), trials=18, sampler="random").run()
+    count = collections.Counter(e.rows for e in entries(tmp_path))
+    assert count[100] == 18 and 6 <= count[300] <= 9 and 2 <= count[900] <= 3  # a third goes up, and some that were of the best third at their time
+    low = {e.recipe: e.score for e in entries(tmp_path) if e.rows == 100}
+    assert max(low, key=low.get) in {e.recipe for e in entries(tmp_path) if e.rows == 900}
+
+
+def test_the_chosen_are_trained_again_with_fresh_seeds_and_measured_together(tmp_path):
+    bench = Pool()
+    it = searcher(tmp_path, bench, trials=12, rungs=(900,), confirm=2)
+    it.run()
+    front = it.aims.front(it._done(900))
+    again = {(e.recipe, e.seed) for e in entries(tmp_path, "confirm")}
+    assert again == {(e.recipe, seed) for e in front[:3] for seed in (1, 2)}
+    assert bench.measured == [[e.run for e in entries(tmp_path, "confirm")]]
+    it.run()  # nothing is left to be done
+    assert len(bench.measured) == 1 and {(e.recipe, e.seed) for e in entries(tmp_path, "confirm")} == again
+
+
+def test_what_keeps_no_limit_goes_no_further(tmp_path):
+    aims = Aims("accuracy", ("stored_mb",), budgets.parse("stored_mb=30", "accuracy"), 400)
+    searcher(tmp_path, Pool(), trials=18, aims=aims).run()
+    assert all("int8" in e.recipe for e in entries(tmp_path) if e.rows > 100)
+    assert any("int8" not in e.recipe for e in entries(tmp_path))
+
+
+def test_the_frontier_grows_along_the_curve(tmp_path):
+    it = searcher(tmp_path, Pool(), trials=12, rungs=(900,), confirm=0)
+    it.run()
+    found = Found(it.journal.entries(), it.aims, 900, tmp_path)
+    shares = [share for _, share in found.curve()]
+    assert shares == sorted(shares) and 0 < shares[-1] <= 1
+    assert found.gained()["per_1000_train_s"] == pytest.approx(1000 * shares[-1] / found.spent["train_s"])
+    assert found.spent == total(it.journal.entries())
+
+
+def test_break_even_is_what_was_spent_over_what_each_inference_saves():
+    assert break_even(1000.0, 0.3, against=0.8).value == 2000
+    assert break_even(1.0, 0.5, against=0.5).value is None and "never" in break_even(1.0, 0.5, against=0.5).reason
+    assert break_even(None, 0.3, against=0.8).value is None
+
+
+def test_a_failed_trial_is_not_tried_again(tmp_path):
+    bench = Pool(fails=lambda recipe: True)
+    searcher(tmp_path, bench, trials=4, rungs=(900,), confirm=1).run()
+    assert len(bench.told) == 4 and {e.state for e in entries(tmp_path)} == {"failed"}
+    assert not entries(tmp_path, "confirm")
+
+
+def test_trials_that_cost_the_budgeted_thing_without_a_meter_are_refused(tmp_path):
+    class Silent(Pool):
+        def timing(self, recipe):
+            spent, forecast = super().timing(recipe)
+            return {**spent, "train_energy_j": None}, forecast
+
+    with pytest.raises(BudgetError, match="nothing here measures train_energy_j"):
+        searcher(tmp_path, Silent(), budget={"train_energy_j": 100.0}).run()
