@@ -54,7 +54,7 @@ def product(module: PackedLinear, x: Tensor) -> Tensor:
     While a model trains, is calibrated or counted, and for small maps, it is the format's first way: no clock decides what is learned.
     """
     ways = module.method.ways(module, x.dtype)
-    if module.training or module.watch is not None or len(ways) == 1 or module.weight.numel() < SMALLEST or not x.numel():
+    if module.training or module.watch is not None or len(ways) == 1 or math.prod(module.shape) < SMALLEST or not x.numel():
         return next(iter(ways.values()))(x)
     table = choices(module, x.dtype)
     return ways[table[nearest(x.numel() // module.in_features)] if table else next(iter(ways))](x)
@@ -67,7 +67,7 @@ def nearest(tokens: int) -> int:
 
 def choices(module: PackedLinear, dtype: torch.dtype) -> tuple[str, ...]:
     """The name of the way for each of TOKENS, with inputs of a number format; empty while another mode, such as a FLOP counter, watches."""
-    key = (module.packed_by, module.shape, module.bias is None, dtype, torch.get_num_threads())
+    key = (module.packed_by, module.shape, dtype, torch.get_num_threads())
     if key not in _CHOSEN:
         if _python_dispatch._get_current_dispatch_mode() is not None:
             return ()

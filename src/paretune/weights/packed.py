@@ -253,11 +253,15 @@ class PackedLinear(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
-        x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x  # (B, T, I)
+        if not torch.is_autocast_enabled(kind):
+            return self._product(x)
+        with torch.autocast(kind, enabled=False):
+            return self._product(x.to(torch.get_autocast_dtype(kind)))
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.watch is not None:
             self.watch(x)
-        with torch.autocast(kind, enabled=False):
-            return _Through.apply(x, self) if x.requires_grad and torch.is_grad_enabled() else self.method.multiply(self, x)
+        return _Through.apply(x, self) if x.requires_grad and torch.is_grad_enabled() else self.method.multiply(self, x)  # (B, T, I) to (B, T, O)
 
     def dequantized_product(self, x: Tensor) -> Tensor:
         """y (..., O) by dequantizing a chunk of rows at a time and multiplying in the format of x, so that the peak stays small."""
