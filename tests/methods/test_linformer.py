@@ -95,7 +95,11 @@ def test_sharing_is_counted_and_learned(share, count):
 def test_what_cannot_be_is_refused():
     with pytest.raises(Incompatible, match="later ones"):
         phases.shrink(work.ready("gpt2"), Linformer(), None)
-    model = changed(k=2, length=8)
+    with pytest.raises(Incompatible, match="put max_length before it"):
+        changed(k=2, length=8)
+    model = changed(k=2)
+    for name in ("E", "F"):
+        tables(model).tables[name]["0"] = torch.nn.Parameter(mean_of_runs(2, length=8)[None])  # as of a model without a limit
     with pytest.raises(Incompatible, match="9 tokens"):
         model(**tiny.inputs("bert", length=9))
 

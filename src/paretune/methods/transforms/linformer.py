@@ -43,13 +43,17 @@ class Linformer(AttentionTransform):
     k: int = knob(256, "mixtures that take the place of n keys and values", low=1, search="32..256 log")
     share: str = knob("headwise", "who has E and F in common: nobody, a layer's heads, these with E = F, or all layers with E = F",
                       choices=("none", "headwise", "kv", "layerwise"))  # fmt: skip
-    length: int | None = knob(None, "n, the longest input in tokens; by default the model's own limit", low=8)
+    length: int | None = knob(None, "n, the longest input in tokens, for a model without a limit of its own", low=1)
 
     def sites(self, model: nn.Module) -> list[Site]:
         return anatomy.with_heads(model, super().sites(model))
 
     def check(self, model: nn.Module, sites: list[Site]) -> None:
         efficient.require_encoder(model, by=self, why="a mixture of all tokens shows each of them the later ones")
+        longest = efficient.longest(model)
+        if self.length is not None and longest is not None and self.length < longest:
+            raise Incompatible(f"{self!r}: {type(model).__name__} takes up to {longest} tokens, for which there would be no mixtures; "
+                               f"leave length out, or put max_length before it")  # fmt: skip
 
     def apply(self, model: nn.Module, examples: Examples | None = None) -> nn.Module:
         if self.length is not None:
