@@ -116,7 +116,8 @@ class Features:
         model, here, digest = self.loop.model, seams.state(self.loop.model), hashlib.sha256()
         for name, tensor in model.state_dict().items():
             if name not in self.loop.parameters:
-                digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return store.identity({
             "frozen": digest.hexdigest(), "data": self.loop.task.fingerprint, "processor": processors.fingerprint(processors.get(model)),
             "lengths": [self.train.lengths, self.watched.lengths], "dtype": str(dtype), "pace": [self.loop.pace.dtype, self.loop.pace.attention],
@@ -151,7 +152,7 @@ def _refused(folder: Path | None, size: int) -> str | None:
         free = psutil.virtual_memory().available
         return None if size < SHARE * free else f"that is more than half of the {show(free, 'B')} of free memory"
     try:
-        store.require_space(folder, size / 1e6)
+        store.require_space(folder, 0.0 if folder.exists() else size / 1e6)
     except StoreError as error:
         return str(error)
     return None

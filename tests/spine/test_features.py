@@ -116,6 +116,26 @@ def test_a_token_task_keeps_every_token():
     assert spy.loop.features.cut.positions == "all"
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_language_model_that_writes_answers_is_trained_and_scored_the_same(dtype):
+    found = []
+    for cache in (True, False):
+        model, spy = work.ready("gpt2", "causal"), Spy()
+        surgery.attach(model, [TopLayers(k=1)])
+        found.append(work.fitted(model, work.generation_task(), spy, dtype=dtype, dropout=False, cache=cache))
+        assert (spy.loop.features.cut is None) == (not cache)
+    kept, whole = found
+    assert [e["loss"] for e in kept.epochs] == pytest.approx([e["loss"] for e in whole.epochs], rel=1e-5 if dtype == "fp32" else 2e-3)
+    assert [e["validation_score"] for e in kept.epochs] == [e["validation_score"] for e in whole.epochs]
+
+
+def test_a_model_that_ranks_answers_makes_whole_passes():
+    model, spy = work.ranked(), Spy()
+    surgery.attach(model, [TopLayers(k=1)])
+    work.fitted(model, work.text_task(), spy, epochs=2.0)
+    assert spy.loop.features.cut is None
+
+
 class Mixing(Seen):
     """Changes the inputs."""
 
