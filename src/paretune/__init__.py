@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 # public name -> the module that defines it; the methods' classes (`pt.LoRA`) come from the registry
 _HOME = {
-    **dict.fromkeys(("load", "adapt", "fit", "shrink", "measure", "run", "frontier", "search", "export", "processor", "read_run"), "flow"),
+    **dict.fromkeys(("load", "adapt", "fit", "shrink", "measure", "run", "frontier", "search", "learning_curve", "export", "processor", "read_run"), "flow"),
     "read_peft": "peft_format",
     **dict.fromkeys(("parse", "after", "Recipe"), "recipe"),
     **dict.fromkeys(("task", "Task"), "tasks"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from paretune import allotment, backbones, exports, inference, phases, runs, surgery, training
+from paretune import allotment, backbones, exports, inference, learning_curves, phases, runs, surgery, training
 from paretune.errors import Incompatible
 from paretune.inference import Bench
 from paretune.meters.cost import Cost, unmeasured
@@ -193,6 +193,30 @@ def frontier(
     if open_runs:
         runs.measure(open_runs, plans[0][1].task, options=options, progress=_measuring(options))
     return Front([Run.read(r.folder) for r in made], battery, folder=Path(out))
+
+
+def learning_curve(
+    recipe: str | Method | Recipe, task: Task, *, backbone: str, seeds: int = 1, out: str | Path = "out", resume: bool = False, options: Options = Options()
+) -> list[Run]:  # noqa: B008
+    """Trains one recipe on growing shares of the training split, smallest first; inference is not measured.
+
+    `learning_curves.predict` says where the scores lead.
+
+    Raises:
+        DataError: for a metric of which less is better, and for too few training rows.
+        StoreError: where the folder holds work begun before and `resume` is not set.
+    """
+    if task.better == "lower":
+        raise DataError(f"a learning curve foretells a score of which more is better, such as accuracy; less {task.metric} is better")
+    runs.set_threads(options)
+    whole = task.subset(options.training.max_train, seed=0) if options.training.max_train else task
+    every = dataclasses.replace(options, training=dataclasses.replace(options.training, max_train=None))
+    asked = [(n, seed) for n in learning_curves.shares(len(whole.train)) for seed in range(seeds)]
+    plans = [_plan(as_recipe(recipe), whole.subset(n, seed=0), backbone, Path(out), seed, every) for n, seed in asked]
+    runs.refuse_existing(plans, Path(out), resume=resume)
+    return [
+        runs.make(_telling(plan, recipe=f"{len(plan.task.train):,} rows", run=i + 1, runs=len(plans)), as_written(recipe)) for i, plan in enumerate(plans)
+    ]
 
 
 def _telling(plan: Plan, **where: Any) -> Plan:

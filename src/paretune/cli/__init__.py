@@ -14,10 +14,13 @@ from collections.abc import Sequence
 import click
 
 import paretune
-from paretune.cli import after, analyze, checkup, job, look
+from paretune.cli import after, ahead, analyze, checkup, curve, job, look, search
 from paretune.errors import ParetuneError
 
-VERBS = (job.run, job.frontier, after.measure, after.report, after.predict, after.export, look.methods, look.targets, analyze.analyze, checkup.doctor)
+VERBS = (
+    ahead.plan, job.run, job.frontier, search.search, curve.learning_curve, after.measure, after.report, after.predict, after.export,
+    look.methods, look.targets, analyze.analyze, checkup.doctor
+)
 
 
 
@@ -58,7 +61,7 @@ def _status(arguments: list[str]) -> int:
     except ParetuneError as error:
         return _failed(str(error), 2)
     except KeyboardInterrupt:
-        goes_on = arguments[0] in (job.run.name, job.frontier.name)
+        goes_on = arguments[0] in (job.run.name, job.frontier.name, search.search.name)
         return _failed("stopped; the same command with --resume goes on from here" if goes_on else "stopped", 130)
     except BrokenPipeError:  # as in `paretune methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,7 +21,7 @@ class Verb(click.Command):
         self.groups = {name: [f for f in _fields(name, hint) if f in flags] for name, hint in self.parts.items()}
         params = [flags[field] for fields in self.groups.values() for field in fields]
         epilog = "\b\nExample:\n  " + "\n  ".join(example.splitlines())
-        super().__init__(function.__name__, params=params, help=inspect.getdoc(function), epilog=epilog)
+        super().__init__(function.__name__.replace("_", "-"), params=params, help=inspect.getdoc(function), epilog=epilog)
 
     def invoke(self, ctx: click.Context) -> None:
         """Calls the function with what the command line says."""
