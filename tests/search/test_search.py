@@ -1,0 +1,149 @@
+"""A search on this machine, with a tiny model: killed by -9 and taken up, its folder reported, its choice confirmed."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+import paretune as pt
+from paretune import allotment, cli, store
+from paretune.errors import BudgetError, Incompatible, StoreError
+from paretune.meters import protocol, throughput
+from paretune.meters.reading import Reading
+from paretune.options import Metering, Options, Searching, Training
+from paretune.pareto import ledger
+from paretune.searches import halving
+from paretune.searches.found import Found
+from paretune.searches.journal import Journal, total
+
+SPACE = "lora(r={1, 2}, targets={attention, linear}) | {none, int8}"
+BUDGET = "train_s=900, train_energy_j=9000"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny BERT, 90 rows in two rungs, and measuring windows so short that they take no time."""
+    folder = tmp_path_factory.mktemp("search")
+    tiny.model("bert", "base").save_pretrained(folder / "bert")
+    tiny.tokenizer().save_pretrained(folder / "bert")
+    rows = [(f"the {noun} was so {word} {i}", label) for i in range(15) for noun in ("movie", "book", "plot") for word, label in (("good", "yes"), ("bad", "no"))]
+    with (folder / "data.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(halving, "LEAST", 20)
+        patch.setattr(halving, "RUNGS", 2)
+        patch.setattr(allotment, "PER_RUN_S", 0.5)
+        patch.setitem(protocol.PROTOCOLS, "quick", dataclasses.replace(protocol.QUICK, window_s=0.02, window_n=5, idle_s=0.01))
+        patch.setattr("paretune.inference.peak_memory", lambda folders: [Reading(1.0, "MB") for _ in folders])
+        itself, most = protocol.same_against_same, throughput.best_throughput
+        patch.setattr(protocol, "same_against_same", lambda call: itself(call, pairs=2, block_s=0.005))
+        patch.setattr(protocol, "warm", lambda call, limit_s: 0)
+        patch.setattr(throughput, "best_throughput", lambda run, largest, seconds, limit_s: most(run, largest=2, seconds=seconds / 30))
+        yield folder
+
+
+def task(place: Path) -> pt.Task:
+    return pt.task(str(place / "data.csv"), text="text", label="label")
+
+
+def options(**searching: object) -> Options:
+    return Options(Training(epochs=1, batch=8, dtype="fp32"), metering=Metering(power="idle=2W,busy=6W"), searching=Searching(**{"trials": 4, "confirm": 1, **searching}))
+
+
+@pytest.fixture(scope="module")
+def searched(place: Path) -> tuple[Path, Found]:
+    """A search that is killed by -9 in its second trial, and then goes on to its end."""
+    out = place / "out"
+
+    def search() -> Found:
+        return pt.search(task(place), backbone=str(place / "bert"), space=SPACE, budget=BUDGET, under="stored_mb=40", out=out, resume=True, options=options())
+
+    pid = os.fork()
+    if not pid:
+        try:
+            search()
+        finally:
+            os._exit(0)
+    journal = Journal(out / "trials.jsonl")
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends and sum(e.kind == "trial" for e in journal.entries()) < 2:
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return out, search()
+
+
+def test_a_killed_search_goes_on_and_loses_and_repeats_no_finished_trial(searched):
+    _, found = searched
+    killed = [e for e in found.entries if e.state == "killed"]
+    done = [(e.kind, e.recipe, e.rows, e.seed) for e in found.entries if e.state == "complete" and e.recipe]
+    assert len(killed) == 1 and len(done) == len(set(done))
+    assert (killed[0].recipe, killed[0].rows) in {(recipe, rows) for _, recipe, rows, _ in done}
+    assert len({recipe for kind, recipe, *_ in done if kind == "trial"}) == 4
+
+
+def test_it_spends_what_its_journal_says_and_no_more_than_it_may(searched):
+    out, found = searched
+    assert found.spent == total(Journal(out / "trials.jsonl").entries())
+    assert 0 < found.spent["train_s"] <= 900 and 0 < found.spent["train_energy_j"] <= 9000
+    trained = sum(run.record["cost"]["train_s"] for run in store.finished(out) if "int8" not in run.recipe)
+    assert found.spent["train_s"] > trained  # opening, scoring and measuring are in it
+
+
+def test_every_phase_is_in_the_ledger_once(searched):
+    out, found = searched
+    assert found.ledger.spent["train_flops"] == ledger.of([run.record for run in store.finished(out)]).spent["train_flops"]
+    assert found.ledger.edh_flops == pytest.approx(found.ledger.spent["train_flops"])
+
+
+def test_the_choice_is_among_what_was_confirmed_with_fresh_seeds_and_measured(searched):
+    _, found = searched
+    assert found.confirmed and found.best.cost.stored_mb <= 40
+    assert {record["seed"] for record in found.front.records} == {1}
+    assert all(record["cost"]["latency_p50_ms"] for record in found.front.records)
+    assert all(len(pt.read_run(found.out / "runs" / e.run).record["phases"]) for e in found.entries if e.run)
+    other = found.front.run(found.front.all[-1])
+    assert found.break_even(other).value is None or found.break_even(other).value > 0
+
+
+def test_a_finished_search_is_read_again_without_a_trial(searched, place):
+    out, found = searched
+    before = (out / "trials.jsonl").read_bytes()
+    again = pt.search(task(place), backbone=str(place / "bert"), space=SPACE, budget=BUDGET, under="stored_mb=40", out=out, resume=True, options=options())
+    assert again.best.id == found.best.id and (out / "trials.jsonl").read_bytes() == before
+
+
+def test_other_limits_need_no_new_trial(searched, capsys):
+    out, found = searched
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(out), "--under", "stored_mb=0.001"])
+    assert ended.value.code == 0 and "nothing fits" in capsys.readouterr().out
+    assert found.front.under(stored_mb=1000).id in {run.id for run in store.finished(out)}
+
+
+def test_another_search_in_its_folder_is_refused(searched, place):
+    out, _ = searched
+    given = {"backbone": str(place / "bert"), "budget": BUDGET, "under": "stored_mb=40", "out": out, "options": options()}
+    with pytest.raises(StoreError, match="--resume"):
+        pt.search(task(place), space=SPACE, **given)
+    with pytest.raises(StoreError, match="another space"):
+        pt.search(task(place), space="lora(r={1, 2})", resume=True, **given)
+
+
+@pytest.mark.parametrize(("given", "error", "complaint"), [
+    ({"budget": None, "options": Options()}, BudgetError, "needs an end"),
+    ({"budget": "stored_mb=3"}, BudgetError, "a cost of a model"),
+    ({"budget": "train_s=0.5"}, BudgetError, "does not reach"),
+    ({"space": "merge"}, Incompatible, "no adapter"),
+])  # fmt: skip
+def test_what_cannot_be_searched_is_refused(place, tmp_path, given, error, complaint):
+    with pytest.raises(error, match=complaint):
+        pt.search(task(place), **{"backbone": str(place / "bert"), "space": SPACE, "budget": BUDGET, "out": tmp_path / "out", "options": options(), **given})
+    assert not list((tmp_path / "out").glob("runs/*"))
