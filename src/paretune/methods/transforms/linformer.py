@@ -36,7 +36,7 @@ class Linformer(AttentionTransform):
         equation="softmax(Q (E K)ᵀ) (F V)",
         lowers="E",
         why="A head takes 4 n k D products, in place of 2 n² D, and memory as n k; each position up to `length` has k weights in E and in F, which have to be learned.",
-        note="Encoders alone: a mixture of all tokens knows of later ones. Inputs have at most `length` tokens. Attention weights have no dropout. "
+        note="Encoders alone: a mixture of all tokens knows of later ones. Takes more products than attention below 2 k tokens. Attention weights have no dropout. "
         "Opens with transformers and paretune.",
     )
 
