@@ -40,7 +40,8 @@ class Based(AttentionTransform):
         why="A causal head takes n · (4 window + 2 f) · D products and some for the scores of d features, f = 1 + d + d², in place of 2 n² D, and memory as n; "
         "a language model generates with a state of f · (D + 1) numbers a head.",
         note="Takes more products than attention below 2 window + f tokens. Inputs of at most `window` tokens give what they gave before. "
-        "The expansion is near exp for small scores alone, so longer ones ask for a training phase after it. Attention weights have no dropout. `fixed_state(model)` is the cache of fixed size for `generate`. Opens with transformers and paretune.",
+        "The expansion is near exp for small scores alone, so longer ones ask for a training phase after it. "
+        "Attention weights have no dropout. `fixed_state(model)` is the cache of fixed size for `generate`. Opens with transformers and paretune.",
     )
 
     window: int = knob(64, "tokens on each side, the token itself counted, that have the softmax's weights", low=1, search="16..256 log")
