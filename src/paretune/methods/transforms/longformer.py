@@ -145,7 +145,7 @@ class Window(Replacement):
     def _of_all(self, call: Call) -> Call:
         """The call of the global tokens alone: softmax(s q'K'ᵀ) V'."""
         g, x = self.first, call.x
-        query, key, value = (_heads(getattr(self, name), x[:, :g] if name == "query_global" else x, like=call.query) for name in GLOBAL)
+        query, key, value = (_heads(getattr(self, name), x[:, :g].contiguous() if name == "query_global" else x, like=call.query) for name in GLOBAL)
         more = dict(call.more)
         if more.get("position_bias") is not None:
             more["position_bias"] = more["position_bias"][:, :, :g]
