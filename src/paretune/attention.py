@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from paretune import anatomy
+from paretune import anatomy, short_attention
 from paretune.errors import Incompatible
 
 NAME = "paretune"  # of our function in transformers' table
 INPUT = "paretune_input"  # the keyword by which the module's input comes to the call
-MASKED = ("eager", "sdpa")  # the implementations whose masks are known here: (B, 1, T, S), additive or True where seen
+SPELLED = ("eager", short_attention.NAME)  # the implementations whose masks say all; without one every key is seen
+MASKED = (*SPELLED, "sdpa")  # those whose masks are known here: (B, 1, T, S), additive or True where seen
 
 
 class Call(NamedTuple):
@@ -71,10 +72,10 @@ class Call(NamedTuple):
         return torch.cat([seen((*mask.shape[:-1], length)), mask], -1)
 
     def _is_causal(self) -> bool:
-        """Does this call without a mask hide later keys? Eager attention then hides none."""
+        """Does this call without a mask hide later keys? Eager attention, and ours, then hide none."""
         said = self.more.get("is_causal")
         causal = getattr(self.module, "is_causal", True) if said is None else said
-        return self.implementation != "eager" and self.query.shape[2] > 1 and bool(causal)
+        return self.implementation not in SPELLED and self.query.shape[2] > 1 and bool(causal)
 
     def of_rows(self, index: Tensor) -> Call:
         """The call for some rows of the batch."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paretune import cross_entropy, narrow, short_attention
+from paretune.dropout import cheap as cheap_dropout
 from paretune.methods.modifiers.schedule import Schedule
 
 ROUNDS = 2
@@ -66,18 +68,21 @@ def _dtypes(device: torch.device) -> list[str]:
 
 def _attentions(model: Any) -> list[str]:
     own = getattr(model.config, "_attn_implementation", None) or ""
-    return list(dict.fromkeys([own, "eager"])) if own == "sdpa" else [own]
+    ours = [short_attention.NAME] if next(model.parameters()).device.type == "cpu" else []
+    return [own, "eager", *ours] if own == "sdpa" else [own]
 
 
 def step_seconds(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], pace: Pace, dropout: bool) -> float:
     """Wall seconds of one forward and backward pass at a pace; no gradient is kept and no parameter moves."""
     was_training = model.training
     with paced(model, pace, dropout=dropout):
+        with autocast(pace):
+            output = cross_entropy.projection(model, kind, batch=batch)
         model.train()
         started = time.perf_counter()
-        with autocast(pace):
+        with autocast(pace), cross_entropy.skipped(output):
             outputs = model(**kind.inputs(batch))
-        loss, _ = kind.loss(outputs, batch)
+        loss, _ = cross_entropy.of(kind, outputs, batch=batch, output=output, within=autocast(pace))
         gradients = [p for p in model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(loss, gradients, allow_unused=True)
         float(next(g for g in grads if g is not None).sum())  # waits for the device
@@ -104,8 +109,8 @@ def paced(model: nn.Module, pace: Pace, *, dropout: bool = True) -> Iterator[Non
             undo.callback(model.set_attn_implementation, own)
         if pace.dtype == "bf16":
             undo.enter_context(_working_copies(model))
-        if not dropout:
-            undo.enter_context(_without_dropout(model))
+            undo.enter_context(narrow.stream(model))
+        undo.enter_context(cheap_dropout(model) if dropout else _without_dropout(model))
         yield
 
 

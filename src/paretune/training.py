@@ -17,7 +17,7 @@ import accelerate
 import torch
 from torch import Tensor, nn
 
-from paretune import batches, checkpoints, features, probe, seams, surgery, virtual_tokens
+from paretune import batches, checkpoints, cross_entropy, features, probe, seams, surgery, virtual_tokens
 from paretune.errors import Diverged
 from paretune.events import Events
 from paretune.meters import flops
@@ -91,6 +91,7 @@ class Loop:
         self.split = features.Split(model, self.encodings)
         self.optimizer = _optimizer(self.parameters, schedule, surgery.in_head(model))
         self.tokens: int | None = None  # at most so many at once, where memory is limited
+        self.output: nn.Module | None = None  # the map onto the vocabulary, where the loss goes around it
         self.epoch = self.step = self.examples = 0
         self.indices: list[int] = []  # the training examples of the batch that is at work
         self.history: list[dict[str, float]] = []
@@ -111,6 +112,9 @@ class Loop:
         with probe.paced(self.model, self.pace, dropout=self.schedule.dropout):
             self.features = features.Features(self, encode(self.task, self.task.validation[: watched_of(self.task)], model=self.model))
             self.split = self.features.train
+            if self.accelerator.num_processes == 1 and all(type(events).loss is Events.loss for events in self.events):
+                with probe.autocast(self.pace):
+                    self.output = cross_entropy.projection(self.model, self.task.kind, batch=self._probe_batch())
             self._forward = self.accelerator.prepare_model(self.model) if self.accelerator.num_processes > 1 else self.model
             while self.epoch < self._epochs and not self._stalled():
                 self._run_epoch(skip=cursor)
@@ -203,9 +207,9 @@ class Loop:
         """(summed loss with every modifier's share, number of targets) of one batch on the device."""
         for events in self.events:
             batch = events.inputs(self, batch)
-        with probe.autocast(self.pace), self.split.passing(self.indices):
+        with probe.autocast(self.pace), self.split.passing(self.indices), cross_entropy.skipped(self.output):
             outputs = self._forward(**self.task.kind.inputs(batch))
-        loss, count = self.task.kind.loss(outputs, batch)
+        loss, count = cross_entropy.of(self.task.kind, outputs, batch=batch, output=self.output, within=probe.autocast(self.pace))
         for events in self.events:
             loss = events.loss(self, batch, outputs=outputs, loss=loss)
         return loss, count

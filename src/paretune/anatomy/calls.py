@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 TABLE = "ALL_ATTENTION_FUNCTIONS"  # the name of transformers' table in its modeling files
@@ -29,6 +30,8 @@ def attention_function(cls: type[nn.Module], implementation: str) -> Callable[..
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 
-def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Puts a function into the table."""
+def register_attention(name: str, function: Callable[..., Any], *, masks: str | None = None) -> None:
+    """Puts a function into the table; `masks` names the implementation whose masks it takes, for one that a model's config may name."""
     AttentionInterface.register(name, function)
+    if masks is not None:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])

@@ -74,9 +74,15 @@ class LowRank(Patch):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.inner(x)
+        if h.dtype == y.dtype:  # y + h Bᵀ, summed up within the product
+            return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), self.B.T).view(y.shape)
+        return y + F.linear(h, self.B).to(y.dtype)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """s A x: (B, T, I) to (B, T, r), scaled where it is narrow."""
         x = F.dropout(x, self.dropout, self.training)
-        update = F.linear(F.linear(fitting(x, self.A), self.A), self.B)  # (B, T, I) -> (B, T, r) -> (B, T, O)
-        return y + self.scale * update.to(y.dtype)
+        return self.scale * F.linear(fitting(x, self.A), self.A)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
         return self.scale * (self.B.float() @ self.A.float()), None  # ΔW = s B A
@@ -90,5 +96,4 @@ class Gated(LowRank):
         self.gate = nn.Parameter(torch.zeros(site.in_features + 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        update = super().forward(x, y.new_zeros(()))
-        return y + (openness(x, self.gate) * update).to(y.dtype)
+        return y + (openness(x, self.gate) * F.linear(self.inner(x), self.B)).to(y.dtype)

@@ -41,6 +41,7 @@ class Kind:
     one_label: ClassVar[bool] = False  # a row has one of `task.labels`
     needs_label: ClassVar[bool] = True
     labels_matter: ClassVar[bool] = False  # the task has a closed list of labels
+    over_vocabulary: ClassVar[bool] = False  # is the loss the cross-entropy of labeled tokens over the model's vocabulary? (`cross_entropy`)
 
     # --- rows -------------------------------------------------------------------------------------------------------------------
 

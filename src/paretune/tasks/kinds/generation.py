@@ -30,6 +30,7 @@ class Generation(Kind):
     name: ClassVar[str] = "generation"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     metric: ClassVar[str] = "exact_match"
+    over_vocabulary: ClassVar[bool] = True
 
     def read_label(self, column: str, raw: Mapping[str, Any]) -> list[str]:
         value = raw.get(column)

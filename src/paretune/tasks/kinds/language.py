@@ -33,6 +33,7 @@ class Language(Kind):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     metric: ClassVar[str] = "perplexity"
     needs_label: ClassVar[bool] = False
+    over_vocabulary: ClassVar[bool] = True
 
     def auto_class_for(self, config: Any) -> str:
         from transformers.models.auto import modeling_auto as auto

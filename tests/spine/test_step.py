@@ -1,0 +1,182 @@
+"""What makes a training step cheaper on a CPU: dropout from few random bits, our attention, the residual stream in bf16; each against its equation."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import steps
+import tiny
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from paretune import anatomy, dropout, probe, short_attention
+from paretune.probe import Pace
+
+SHAPE = (3, 4, 5, 8)  # B, H, T, D
+OURS = anatomy.attention_function(nn.Module, short_attention.NAME)
+
+
+# --- dropout --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dropout_drops_its_share_and_keeps_the_mean(dtype):
+    torch.manual_seed(0)
+    n, p = 2**21, 0.1
+    y = dropout.dropped(torch.ones(n, dtype=dtype), p)
+    k = round(p * 2**16)
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(2**16 / (2**16 - k), dtype=dtype).item()}
+    share = float((y == 0).double().mean())
+    assert abs(share - k / 2**16) < 4 * math.sqrt(p * (1 - p) / n)
+    pairs = float(((y[:-1] == 0) & (y[1:] == 0)).double().mean())  # neighbors come from one draw, and are independent
+    assert abs(pairs - p**2) < 4 * math.sqrt(p**2 / n)
+
+
+def test_a_mask_has_each_threshold_that_sixteen_bits_tell_apart():
+    for k in (1, 2**15, 2**16 - 1):
+        torch.manual_seed(1)
+        kept = dropout.mask(torch.Size([2**20]), k)
+        assert kept.element_size() == 1 and set(kept.unique().tolist()) <= {0, -1}
+        p = k / 2**16
+        assert abs(float((kept == 0).double().mean()) - p) <= 4 * math.sqrt(p * (1 - p) / 2**20)
+
+
+def test_dropout_is_linear_with_the_same_mask_backward_and_twice():
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(3)
+    factors = dropout.dropped(torch.ones(4, 6, dtype=torch.float64), 0.4)
+
+    def under_the_mask(x):
+        torch.manual_seed(3)
+        return dropout.dropped(x, 0.4)
+
+    assert torch.equal(under_the_mask(x.detach()), x.detach() * factors)
+    assert torch.autograd.gradcheck(under_the_mask, (x,)) and torch.autograd.gradgradcheck(under_the_mask, (x,))
+
+
+def test_no_dropout_and_nothing_but_dropout_are_torchs_own():
+    x = torch.randn(5)
+    assert torch.equal(dropout.dropped(x, 0.0), x) and torch.equal(dropout.dropped(x, 1.0), torch.zeros(5))
+
+
+def test_modules_drop_so_inside_the_block_and_have_their_own_forward_back():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.25))
+    with dropout.cheap(model):
+        torch.manual_seed(0)
+        one = model[0](torch.ones(64))
+        torch.manual_seed(0)
+        assert torch.equal(one, dropout.dropped(torch.ones(64), 0.5))
+        model.eval()
+        assert torch.equal(model(torch.ones(8)), torch.ones(8))
+        copy.deepcopy(model).train()(torch.ones(8))
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+# --- attention ------------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(query, key, value, bias, scale):
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    weights = (query @ key.mT * scale + bias).softmax(-1)
+    return (weights @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_our_attention_is_its_equation_with_gradients_for_bias_and_grouped_heads(groups):
+    torch.manual_seed(0)
+    query = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(3, groups, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    bias = torch.randn(1, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    mask = torch.zeros(3, 1, 5, 6, dtype=torch.float64)
+    mask[1, :, :, 4:] = torch.finfo(torch.float32).min
+    module = nn.Module().train()
+    out, weights = OURS(module, query, key, value, mask, scaling=0.3, dropout=0.0, position_bias=bias)
+    told = by_hand(query, key, value, bias + mask, 0.3)
+    assert weights is None and torch.allclose(out, told, atol=1e-12)
+    given = torch.randn_like(out)
+    learning = (query, key, value, bias)
+    for mine, theirs in zip(torch.autograd.grad(out, learning, given), torch.autograd.grad(told, learning, given), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-10)
+
+
+def test_our_attention_drops_weights_forward_and_backward_with_one_mask():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    module = nn.Module().train()
+
+    def run(*inputs):
+        torch.manual_seed(5)
+        return OURS(module, *inputs, None, dropout=0.25)[0]
+
+    torch.manual_seed(5)
+    factors = dropout.dropped(torch.ones(1, 2, 3, 3, dtype=torch.float64), 0.25)
+    weights = (query @ key.mT / 2).softmax(-1)
+    assert torch.allclose(run(query, key, value), (weights * factors @ value).transpose(1, 2), atol=1e-12)
+    assert torch.autograd.gradcheck(run, (query, key, value))
+    module.eval()
+    assert torch.allclose(run(query, key, value), (weights @ value).transpose(1, 2), atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit"])
+def test_a_model_with_our_attention_gives_what_eager_gives(family):
+    model = steps.model(family)
+    model.set_attn_implementation("eager")
+    told, gradients = steps.logits(model, family), _gradients(model, family)
+    model.set_attn_implementation(short_attention.NAME)
+    assert torch.allclose(steps.logits(model, family), told, atol=1e-5)
+    for name, gradient in _gradients(model, family).items():
+        assert torch.allclose(gradient, gradients[name], atol=1e-5), name
+
+
+def _gradients(model, family):
+    model.zero_grad()
+    steps.loss(model, family).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+# --- the residual stream --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_layers_see_bf16_and_the_rest_fp32_and_afterwards_all_is_as_before(family):
+    model, seen = steps.model(family), {}
+    told = steps.logits(model, family)
+    layers = [ref.path for ref in anatomy.layers(model)]
+    with probe.paced(model, Pace("bf16")):
+        for path in layers:
+            model.get_submodule(path).register_forward_hook(lambda m, a, out, path=path: seen.update({path: out[0] if isinstance(out, tuple) else out}))
+        with probe.autocast(Pace("bf16")):
+            narrow = steps.logits(model, family)
+        last = {ref.stack: ref.path for ref in anatomy.layers(model)}.values()
+        assert {path: x.dtype for path, x in seen.items()} == {p: torch.float32 if p in last else torch.bfloat16 for p in layers}
+    assert torch.allclose(narrow.float(), told, atol=0.05 * float(told.abs().max()) + 0.02)
+    assert torch.equal(steps.logits(model, family), told)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_losses_in_the_narrow_stream_are_those_of_autocast_within_its_own_error(family):
+    def trained(*, stream):
+        model = steps.model(family)
+        with probe.paced(model, Pace("bf16")) if stream else torch.enable_grad():
+            return torch.tensor(steps.descend(model, family, steps=12, autocast=True))
+
+    model = steps.model(family)
+    exact = torch.tensor(steps.descend(model, family, steps=12))
+    plain, narrow = trained(stream=False), trained(stream=True)
+    assert exact[-1] < 0.8 * exact[0]
+    assert (narrow - exact).abs().max() < 4 * (plain - exact).abs().max() + 0.02
+
+
+def test_a_paced_step_draws_from_torchs_generator_so_that_a_resumed_one_is_the_same():
+    model, pace = steps.model("bert"), Pace("bf16", short_attention.NAME)
+    with probe.paced(model, pace):
+        model.train()
+        found = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            with probe.autocast(pace):
+                found.append(F.cross_entropy(model(**tiny.inputs("bert")).logits.float(), torch.tensor([0, 1, 2])).item())
+    assert found[0] == found[1] != found[2]
