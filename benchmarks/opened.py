@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,12 @@ def prepare(form: str, run: Run, folder: Path) -> Path:
         return run.folder
     exports.write(run, folder, to="onnx")
     if form == "onnxruntime int8":
+        import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        graph = folder / "model.onnx"
-        quantize_dynamic(graph, folder / "small.onnx", weight_type=QuantType.QInt8, per_channel=True)
-        shutil.move(folder / "small.onnx", graph)
+        graph = onnx.load(folder / "model.onnx")
+        del graph.graph.value_info[:]  # shapes that torch's exporter wrote, at which onnxruntime's own inference of shapes stops
+        quantize_dynamic(graph, folder / "model.onnx", weight_type=QuantType.QInt8, per_channel=True)
     return folder
 
 

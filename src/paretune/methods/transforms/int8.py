@@ -52,7 +52,10 @@ class Int8(Packing):
         "as bf16. Processors without VNNI get 7-bit inputs; those without the kernel, and graphics cards, dequantize: small, not fast. "
         "The task's head, tied outputs and convolutions stay float. Static ranges, measured with AMX: 1.2 times as fast as "
         "dynamic ones for 128 tokens and 1.4 times for 1024, equal for fewer; a map's output is off by 1.1 % in the place of 0.8 %, and inputs outside "
-        "the range of the examples are cut off.",
+        "the range of the examples are cut off. Where bf16 was faster for so many tokens on this processor (timed once per process, format and shape; "
+        "`paretune doctor` prints it), a map multiplies by a copy of its weights in bf16: 2 bytes a weight of memory beside the codes, none in the file. "
+        "Between the maps numbers stay fp32, which takes longer than `cast` from 64 tokens on where the processor has AMX; cast | int8 keeps them in "
+        "bf16, so that each of its maps takes what is faster of int8 and `cast`, and is for such processors.",
     )
 
     error = 0.01

@@ -41,6 +41,8 @@ class LLMInt8(Packing):
         "token as long as in fp32, for 8, 32, 128 and 1024 tokens 2.2, 1.7, 2.1 and 1.6 times as fast; beside bf16 equal for up to 8 tokens, then "
         "1.4, 1.6 and 3 times as long. int8 is 1.6 to 2.1 times as fast as this, and takes its range per token, so that outliers cost it "
         "precision. Which features are outliers is decided over all tokens of a batch, so other rows may change a result within rounding. "
+        "Where dequantizing was faster for so many tokens (timed once per process, format and shape; `paretune doctor` prints it), weights are "
+        "dequantized, and no input is rounded to 8 bits. "
         "Gradients are those of the dequantized weight. Graphics cards dequantize. Embeddings, tied outputs and the task's head stay float; facts "
         "give the share of outlier features of each map.",
     )

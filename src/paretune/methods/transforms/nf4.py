@@ -36,7 +36,8 @@ class NF4(Packing):
         "thread of a processor with AMX, a map from 768 to 3072, by CPU time on a busy machine: for 1, 32, 128 and 1024 tokens it takes 6.1, 3.1, "
         "1.8 and 1.1 times as long as in fp32; beside a bf16 map, bf16 inputs take 6.7, 8.5, 4.7 and 1.9 times as long. A training step through "
         "it (128 and 1024 tokens) takes 1.8 and 1.15 times as long as in fp32, 3.4 and 1.9 times as in bf16. Normal weights are off by 9 %, and "
-        "double quantization adds less than 0.1 % to that. Embeddings, tied outputs and the task's head stay float.",
+        "double quantization adds less than 0.1 % to that. Outside training, fp32 inputs of many tokens are multiplied in bf16 where that was faster "
+        "(0.3 % of the output; `paretune doctor` prints where, and the slow-down here). Embeddings, tied outputs and the task's head stay float.",
     )
     carries = True
     error = 0.12
