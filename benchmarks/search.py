@@ -31,9 +31,9 @@ from paretune.searches.searcher import Effort, Searcher
 from paretune.searches.space import Space, read
 from paretune.searches.study import Study
 
-TASK, TRAIN, VALIDATION, EPOCHS = "trec6", 576, 300, 2.0
-SPACE = "lora(r={2, 8, 32}, targets={attention, linear}) + schedule(lr={5e-4, 2e-3}, epochs=2) | {none, merge | int8}"
-RUNGS = halving.rungs(TRAIN)  # 64, 192, 576
+TASK, TRAIN, VALIDATION, TEST, EPOCHS = "trec6", 192, 300, 100, 2.0
+SPACE = "lora(r={2, 8, 32}, targets={attention, linear}) | {none, merge | int8}"
+RUNGS = halving.rungs(TRAIN)  # 64, 192
 WORST = {"score": 0.5, "stored_mb": 100.0}  # the corner of the hypervolume: half right, and more bytes than the backbone has; stated before the first run
 SEEDS = 20
 AIMS = Aims("accuracy", ("stored_mb",), None, VALIDATION)
@@ -47,9 +47,14 @@ def pool() -> Space:
 
 def measured(recipe: str, rows: int) -> dict[str, Any]:
     """One cell: the recipe on so many rows, its phases alone."""
-    task = data.task(TASK, train=rows, validation=VALIDATION, test=500)
-    with tempfile.TemporaryDirectory() as out:
-        return data.figures(data.finished(recipe, task, out=out), task)
+    task = data.task(TASK, train=rows, validation=VALIDATION, test=TEST)
+    return data.figures(data.finished(recipe, task, out=_folder().name, epochs=EPOCHS), task)
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    """Where all cells of this process work: recipes that begin alike share that."""
+    return tempfile.TemporaryDirectory()
 
 
 def every_cell() -> Iterator[Cell]:
@@ -165,7 +170,7 @@ def page(table: Table) -> str:
 
 def _about() -> str:
     return (
-        f"The pool: the {pool().size:.0f} recipes of\n\n    {SPACE}\n\non {TASK} with {', '.join(map(str, RUNGS[:-1]))} and {RUNGS[-1]} training rows, minilm, each measured once. "
+        f"The pool: the {pool().size:.0f} recipes of\n\n    {SPACE}\n\non {TASK} with {', '.join(map(str, RUNGS[:-1]))} and {RUNGS[-1]} training rows, {EPOCHS:g} epochs, minilm, each measured once. "
         f"A replay pays the CPU seconds that a training took when it was measured, a shared phase once. Hypervolume of validation accuracy and stored MB up to the corner "
         f"{json.dumps(WORST)}, of recipes that have seen all rows. Medians over {SEEDS} seeds, of those that get there, where more than half do."
     )
