@@ -18,7 +18,7 @@ from paretune.anatomy import Site
 from paretune.attention import Attend, Call
 from paretune.errors import Incompatible
 from paretune.patches import Patch
-from paretune.roles import Examples, Trail, Transform
+from paretune.roles import Examples, Method, Trail, Transform
 
 
 class AttentionTransform(Transform):
@@ -104,6 +104,14 @@ def _require_free(model: nn.Module, sites: list[Site], *, by: Transform) -> None
             if patch.attends:
                 why = "has replaced the attention already" if group == seams.ATTENTION else "acts inside the attention that would be replaced"
                 raise Incompatible(f"{by!r}: {patch.method!r} {why}; leave one of the two out")
+
+
+def require_own(model: nn.Module, sites: list[Site], *, by: Method) -> None:
+    """Refuses, with Incompatible, an attention that was replaced, for what would act inside it."""
+    for site in sites:
+        seam = seams.seam_of(model.get_submodule(site.path))
+        for _, _, patch in seam.patches([seams.ATTENTION]) if seam else ():
+            raise Incompatible(f"{by!r}: {patch.method!r} has replaced the attention that it would act inside; use lora or adapter")
 
 
 def rehearse(model: nn.Module, patches: list[Any], *, by: Transform) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paretune import anatomy, attention, processors
+from paretune import anatomy, attention, efficient, processors
 from paretune.anatomy import Site
 from paretune.attention import Attend, Call
 from paretune.card import Card, knob
@@ -69,7 +69,9 @@ class Prefix(Adapter):
     def sites(self, model: nn.Module) -> list[Site]:
         if self.text:
             self._ids(model)  # refuses what cannot be, before anything has changed
-        return attention.sites(model, self.targets, asked_by=repr(self)) + (self._shifts(model) if self.positions == "shifted" else [])
+        calls = attention.sites(model, self.targets, asked_by=repr(self))
+        efficient.require_own(model, calls, by=self)
+        return calls + (self._shifts(model) if self.positions == "shifted" else [])
 
     def _shifts(self, model: nn.Module) -> list[Site]:
         paths = [] if getattr(model.config, "is_encoder_decoder", False) else anatomy.position_modules(model)

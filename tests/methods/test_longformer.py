@@ -1,0 +1,174 @@
+"""Longformer against attention written out with its window, its limit, caches, global tokens, and positions that are copies."""
+
+from __future__ import annotations
+
+import pytest
+import steps
+import tiny
+import torch
+import work
+
+from paretune import anatomy, inference, phases, processors, surgery
+from paretune.errors import Incompatible, RecipeError
+from paretune.methods.adapters.full import Full
+from paretune.methods.adapters.prefix import Prefix
+from paretune.methods.transforms.longformer import Longformer, Window
+from paretune.recipe import parse
+
+
+def windowed(family, task="classification", **knobs):
+    model = steps.model(family, task)
+    Longformer(**{"dense_below": 0, **knobs}).apply(model)
+    return model
+
+
+def long(model, family, n=150):
+    """Logits of two texts of n tokens, the second shorter; on models that read so many."""
+    ids = torch.randint(5, tiny.SIZE, (2, n), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(n) < torch.tensor([[n], [n - 40]])).long()
+    with torch.no_grad():
+        ids[range(2), mask.sum(1) - 1] = tiny.SEP  # where T5 classifies
+        return model.eval()(input_ids=ids.masked_fill(mask == 0, tiny.PAD), attention_mask=mask).logits
+
+
+@pytest.mark.parametrize("family", [f for f in tiny.ALL if f != "deberta-v2"])
+def test_at_its_limit_it_is_the_model_itself(family):
+    model = steps.model(family)
+    before = steps.logits(model, family)
+    Longformer(window=32, global_tokens=0, dense_below=0).apply(model)
+    assert torch.equal(steps.logits(model, family), before)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("knobs", [{"window": 9}, {"window": "4/20", "dilation": "3/1"}, {"window": "5,30"}], ids=str)
+def test_chunks_and_masks_give_the_same(family, knobs):
+    """Two ways to one definition: overlapping views of keys, and all pairs with a mask."""
+    config = {} if family == "t5" else {"n_positions": 256} if family == "gpt2" else {"max_position_embeddings": 256}
+    made = [tiny.model(family, config=config) for _ in range(2)]
+    for model, below in zip(made, (0, 10**6), strict=True):
+        Longformer(dense_below=below, **knobs).apply(model)
+    torch.testing.assert_close(long(made[0], family), long(made[1], family), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_reaches_as_far_as_its_window():
+    model = steps.model("gpt2", "causal")
+    Longformer(window=3).apply(model)
+    ids = torch.randint(5, tiny.SIZE, (1, 20), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[0, 5] = (ids[0, 5] - 4) % (tiny.SIZE - 5) + 5
+    with torch.no_grad():
+        moved = (model(ids).logits - model(other).logits).abs().amax((0, 2)) > 0
+    assert moved.nonzero().flatten().tolist() == list(range(5, 12))  # two layers of three
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_it_generates_with_a_cache_what_it_generates_without(family, cache):
+    model = windowed(family, "causal", window=3, dilation=2)
+    tokens = {k: v for k, v in tiny.inputs(family, batch=2, length=9).items()}
+    tokens["input_ids"], tokens["attention_mask"] = tokens["input_ids"].flip(1), tokens["attention_mask"].flip(1)  # padded left
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": tiny.PAD}
+    cached = model.generate(**tokens, **how, **({"cache_implementation": "static"} if cache == "static" else {}))
+    assert torch.equal(cached, model.generate(**tokens, **how, use_cache=False))
+
+
+def test_a_global_token_sees_all_by_its_own_maps_and_is_seen_by_all():
+    model = windowed("bert", "base", window=2, global_tokens=1)
+    site = anatomy.resolve(model, "attention_call")[0]
+    module = model.get_submodule(site.path)
+    patch = next(p for p in module.modules() if isinstance(p, Window))
+    x = torch.randn(1, 30, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        patch.key_global.weight.mul_(1.5)
+        found = module(x)[0].unflatten(-1, (4, 4))[0]  # (n, H, D)
+        maps = [*module.named_children(), *patch.named_children()]
+        heads = {n: m(x)[0].unflatten(-1, (4, 4)) for n, m in maps if isinstance(m, torch.nn.Linear)}
+        scores = torch.einsum("hd,jhd->hj", heads["query_global"][0], heads["key_global"]) / 2
+        first = torch.einsum("hj,jhd->hd", scores.softmax(-1), heads["value_global"])
+        near = [0, *range(8, 13)]  # token 10 sees the global one and two on each side
+        ten = torch.einsum("hd,jhd->hj", heads["query"][10], heads["key"][near]) / 2
+        tenth = torch.einsum("hj,jhd->hd", ten.softmax(-1), heads["value"][near])
+    torch.testing.assert_close(found[0], first)
+    torch.testing.assert_close(found[10], tenth)
+
+
+def test_global_maps_start_as_copies_and_full_trains_them():
+    model = windowed("bert", window=4)
+    names = [n for n in dict(model.named_parameters()) if "_global" in n]
+    assert len(names) == 2 * 3 * 2
+    for n in names:
+        local = n.replace(".paretune.efficient.longformer", "").replace("_global", "")
+        assert torch.equal(model.get_parameter(n), model.get_parameter(local))
+    surgery.attach(model, [Full()], name="phase_1")
+    before = steps.parameters(model)
+    assert set(names) <= set(steps.learning(model))
+    steps.descend(model, "bert", steps=2)
+    assert all(not torch.equal(before[n], model.get_parameter(n)) for n in names if "value_global" in n)
+
+
+def test_a_short_encoder_reads_long_texts_and_is_saved_so(tmp_path):
+    model = work.ready("roberta")
+    before = steps.tensors(model)
+    phases.shrink(model, Longformer(window=8, length=300, dense_below=0))
+    table = model.get_parameter("roberta.embeddings.position_embeddings.weight")
+    old = before["roberta.embeddings.position_embeddings.weight"]
+    offset, count = tiny.PAD + 1, len(old) - tiny.PAD - 1
+    assert len(table) == offset + 300 and torch.equal(table[: len(old)], old)
+    assert all(torch.equal(table[offset + i], old[offset + i % count]) for i in range(300))
+    assert processors.get(model).model_max_length == 300
+    phases.save_model(model, tmp_path)
+    loaded = inference.open_model(tmp_path, work.task("roberta"))
+    assert torch.equal(long(loaded, "roberta", n=290), long(model, "roberta", n=290))
+
+
+def test_padding_changes_nothing():
+    model = windowed("bert", window=2, global_tokens=2)
+    ids = tiny.inputs("bert", batch=1, length=8)["input_ids"]
+    longer = torch.cat([ids, torch.full((1, 20), tiny.PAD)], 1)
+    with torch.no_grad():
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        padded = model(input_ids=longer, attention_mask=(torch.arange(28) < 8).long()[None]).logits
+    torch.testing.assert_close(padded, alone)
+
+
+def test_eager_attention_gives_the_weights_of_the_window():
+    model = windowed("bert", "base", window=2, global_tokens=0)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(torch.arange(5, 25)[None], output_attentions=True).attentions[0]
+    apart = (torch.arange(20)[:, None] - torch.arange(20)).abs()
+    assert (weights[..., apart > 2] == 0).all() and (weights[..., apart <= 2] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "family, knobs, says",
+    [("bert", {"window": "2,3,4"}, "3 layers"), ("bert", {"window": "1/2/3"}, "3 equal groups"), ("bert", {"length": 20}, "64 tokens already"),
+     ("vit", {"length": 99}, "images"), ("deberta-v2", {}, "its own code")],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_and_changes_nothing(family, knobs, says):
+    model = work.ready(family)
+    before = steps.tensors(model)
+    with pytest.raises(Incompatible, match=says):
+        phases.shrink(model, Longformer(**{"dense_below": 0, **knobs}))
+    assert steps.same(before, steps.tensors(model)) and not list(surgery.seams_of(model))
+
+
+def test_what_acts_inside_the_attention_does_not_compose():
+    for text in ("prefix | longformer", "longformer | prefix", "longformer | longformer"):
+        with pytest.raises(Incompatible):
+            parse(text).check()
+    model = windowed("bert")
+    with pytest.raises(Incompatible):
+        surgery.attach(model, [Prefix()])
+    with pytest.raises(RecipeError, match="whole number"):
+        Longformer(window="3,x")
+
+
+def test_a_model_that_never_asks_is_refused(monkeypatch):
+    """A swap that a forward pass goes around would be no swap."""
+    model = steps.model("bert")
+    layer = model.get_submodule("bert.encoder.layer.1.attention")
+    layer.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
+    with pytest.raises(Incompatible, match="never asked"):
+        Longformer(dense_below=0).apply(model)
+    assert not list(surgery.seams_of(model))
