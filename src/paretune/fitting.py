@@ -128,7 +128,7 @@ def appetite(model: nn.Module, kind: Any, *, encodings: Sequence[Any], collate: 
     return Appetite(fixed, (far - fixed) / far_t - per_pair * far_t, per_pair)
 
 
-def peak_b(resident_b: float, learning: int, held: float, *, parts: bool) -> float:
+def peak_b(resident_b: float, *, learning: int, held: float, parts: bool) -> float:
     """Bytes at the highest in a training phase.
 
     Args:
@@ -204,7 +204,7 @@ def choose(loop: training.Loop, limit_mb: float) -> Cut:
 
         def peak_mb(tokens: int, found: Appetite = found) -> float:
             held = worst(found, loop.lengths, batch=loop.schedule.batch, tokens=tokens)
-            return peak_b(start, learning, held, parts=True) / 1e6
+            return peak_b(start, learning=learning, held=held, parts=True) / 1e6
 
         shortest = min(loop.lengths)
         steps = [tokens for tokens in (most >> k for k in range(most.bit_length())) if tokens >= shortest] or [most]

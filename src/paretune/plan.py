@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 from torch import nn
@@ -18,6 +19,9 @@ from paretune.recipe import Phase, is_training, spell
 from paretune.rehearsal import Took, now
 from paretune.roles import Readout
 from paretune.units import show
+from paretune.weights import kernels
+from paretune.weights.kernels import Slowdown
+from paretune.weights.packed import PackedLinear, Packing
 
 WITHIN = 0.25  # of the truth, nine times in ten: docs/plan.md
 
@@ -42,6 +46,7 @@ class Expected:
     stages: tuple[Stage, ...]
     rehearsal_s: float
     power: str = ""  # why there are no joules
+    formats: tuple[tuple[str, tuple[int, int], tuple[Slowdown, ...]], ...] = ()  # packed: spelling, shape of a map, what it costs beside a float one
 
     @property
     def training(self) -> Took:
@@ -87,6 +92,7 @@ def expect(plan: Plan) -> Expected:
     started = now()
     model = phases.first_model(plan)
     stages: list[Stage] = []
+    formats: list[tuple[str, tuple[int, int], tuple[Slowdown, ...]]] = []
     scored, watts, reason = Took(), None, "nothing is trained, so no power was read"
     for k, phase in enumerate(plan.recipe.phases):
         if is_training(phase):
@@ -95,11 +101,12 @@ def expect(plan: Plan) -> Expected:
         else:
             stage, scored = _passed(model, phase, plan=plan, watts=watts)
         stages.append(dataclasses.replace(stage, saved_mb=_bytes(model) / 1e6))
+        formats += _slowdowns(model, phase)
     rows = len(plan.task.validation) + len(plan.task.test)
     if scored == Took():
         scored = rehearsal.answer(model, plan.task)
     last = scored * rows + Took(allotment.PER_RUN_S, allotment.PER_RUN_S)
-    return Expected((*stages, Stage("scoring, measuring", last)), (now() - started).wall_s, reason)
+    return Expected((*stages, Stage("scoring, measuring", last)), (now() - started).wall_s, reason, tuple(formats))
 
 
 def _trained(model: nn.Module, plan: Plan, k: int) -> tuple[Stage, rehearsal.Rehearsed, str]:
@@ -125,6 +132,14 @@ def _passed(model: nn.Module, phase: Phase, *, plan: Plan, watts: float | None) 
             rehearsal.pass_through(model, phase, task=plan.task)
         took, scored = now() - started, Took()
     return Stage(spell((phase,)), took, peak.reading.value, energy_j=None if watts is None else watts * took.wall_s), scored
+
+
+def _slowdowns(model: nn.Module, phase: Phase) -> list[tuple[str, tuple[int, int], tuple[Slowdown, ...]]]:
+    """What a packing costs in time here, timed on a map of the shape that most of the model's packed ones have."""
+    if not isinstance(phase[0], Packing):
+        return []
+    shapes = collections.Counter(m.shape for m in model.modules() if isinstance(m, PackedLinear))
+    return [(spell((phase,)), shape, tuple(kernels.slowdowns(phase[0], shape=shape))) for shape, _ in shapes.most_common(1)]
 
 
 def _bytes(model: nn.Module) -> float:
@@ -154,7 +169,7 @@ class _Weigher(Events):
         held = max(found.of(len(part), max(lengths[i] for i in part)) for step in steps for part in step)
         self.resident_b += fitting.encodings_b(encodings) * len(self.asked.task.train) / len(rows)
         learning = sum(p.numel() for p in loop.parameters.values())
-        self.peak_mb = fitting.peak_b(self.resident_b, learning, held, parts=max(map(len, steps)) > 1) / 1e6
+        self.peak_mb = fitting.peak_b(self.resident_b, learning=learning, held=held, parts=max(map(len, steps)) > 1) / 1e6
         self.counted_flops = training.flops_per_example(loop.model, loop.task, schedule=loop.schedule)
         self.took = now() - started
         return pace
@@ -188,6 +203,9 @@ def describe(expected: Expected, *, price: Factor | None = None) -> list[str]:
     if price is not None and joules.value is not None:
         low, cost, high = (value * price.per_kwh / KWH_J for value in (joules.low, joules.value, joules.high))
         lines.append(f"money         {cost:.2g} {price.unit} [{low:.2g}, {high:.2g}], {price.source}")
+    for spelling, shape, found in expected.formats:
+        times = ", ".join(f"{s.tokens}: {s.fp32:.2g}" for s in found)
+        lines.append(f"{spelling}: a map of {shape[0]} x {shape[1]} takes so many times as long as in fp32 for so many tokens ({times}), timed here")
     return [*lines, "", f"estimates, from {expected.rehearsal_s:.0f} s of rehearsal; nothing was written"]
 
 
