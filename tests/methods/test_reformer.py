@@ -84,9 +84,9 @@ def test_near_tokens_share_a_bucket_more_often_than_others():
 
 
 def test_gradients_are_those_of_differences():
-    x, v, R = tensors(9)
-    x.requires_grad_(True), v.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda x, v: reformer.attention(x, v, R=R, size=3, real=padded(9)), (x, v))
+    x, v, R = tensors(6)
+    x, v = (t[1:, :1].clone().requires_grad_(True) for t in (x, v))
+    assert torch.autograd.gradcheck(lambda x, v: reformer.attention(x, v, R=R, size=2, real=padded(6, 1)[1:]), (x, v))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
