@@ -24,7 +24,7 @@ def extend(model: nn.Module, n: int) -> None:
     """Lets a model and its tokenizer read n tokens: position i is a copy of position i mod the old number of them."""
     where = anatomy.embeddings(model)
     if where.positions and where.length is not None:
-        set_positions(model, where, n)
+        set_positions(model, where, n=n)
     processor = processors.get(model)
     if hasattr(processor, "model_max_length"):
         processor.model_max_length = n
@@ -32,7 +32,7 @@ def extend(model: nn.Module, n: int) -> None:
     hub.refresh(model)
 
 
-def set_positions(model: nn.Module, where: Embeddings, n: int) -> None:
+def set_positions(model: nn.Module, where: Embeddings, *, n: int) -> None:
     """Gives every table n positions behind its offset: the first of the old ones, or, where they do not suffice, copies of them in turn."""
     rows, before = n + where.offset, None
     for path in where.positions:

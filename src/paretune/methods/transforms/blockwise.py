@@ -80,10 +80,9 @@ class Blocks(Replacement):
         keep = efficient.padding(call, by=self.method)
         if keep is None:
             return self._blocks(call, shifts).transpose(1, 2), None
-        out = torch.zeros_like(call.query)
-        rows = keep.expand(len(out), -1)
-        out = torch.stack([self._within(call.of_rows(torch.tensor([i], device=out.device)), shifts, tokens) for i, tokens in enumerate(rows)])
-        return out.transpose(1, 2), None
+        rows = keep.expand(len(call.query), -1)  # (B, n), True where a token is
+        each = [self._within(call.of_rows(torch.tensor([i], device=rows.device)), shifts, tokens) for i, tokens in enumerate(rows)]
+        return torch.stack(each).transpose(1, 2), None
 
     def _within(self, call: Call, shifts: list[int], tokens: Tensor) -> Tensor:
         """One row (H, n, D): its tokens among themselves; padding gets zeros."""

@@ -39,7 +39,7 @@ class Longformer(AttentionTransform):
         lowers="E",
         why="Attention costs n (2w + 1 + g) products a feature instead of n², so it grows with the length and not with its square; far tokens meet over layers.",
         note="Exact within its window: at w ≥ n − 1 without global tokens it is the model's own attention, bit for bit. Below dense_below tokens, and in eager "
-        "attention, all pairs are computed and a mask hides the far ones, which is up to a fifth slower than no mask. A T5 computes its n² position biases as before. "
+        "attention, all pairs are computed and a mask hides the far ones, which is slower than no mask (docs/windows.md). A T5 computes its n² position biases as before. "
         "A decoder has no global tokens, for its first tokens may see nothing later; its cache keeps all keys.",
     )
     needs_processor = True
@@ -131,7 +131,7 @@ class Window(Replacement):
         super().__init__(site)
         self.first = method.first(site)
         for name in GLOBAL if self.first else ():
-            self.add_module(name, nn.Linear(site.in_features, site.out_features, bias=site.bias))
+            setattr(self, name, nn.Linear(site.in_features, site.out_features, bias=site.bias))
 
     def compute(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
         bands = self.method.bands(self.site.layer or 0, causal=efficient.is_causal(call), first=self.first)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from paretune import anatomy, hub, processors, surgery
+from paretune import anatomy, hub, lengths, processors, surgery
 from paretune.anatomy import Embeddings
 from paretune.card import Card, knob
 from paretune.errors import Incompatible
@@ -50,7 +50,7 @@ class MaxLength(Transform):
         if image:
             _resize(model, where, self.n)
         elif where.positions and where.length is not None:
-            _cut(model, where, self.n)
+            lengths.set_positions(model, where, n=self.n)
         _limit(processors.get(model), self.n)
         hub.refresh(model)
         return model
@@ -63,22 +63,6 @@ class MaxLength(Transform):
             raise Incompatible(f"{self!r}: the side of an image of {name} is a multiple of its patches' {model.config.patch_size} pixels")
         if not image and limit is not None and self.n > limit:
             raise Incompatible(f"{self!r}: {name} has {limit} positions; give n from 2 to {limit}")
-
-
-def _cut(model: nn.Module, where: Embeddings, n: int) -> None:
-    rows = n + where.offset
-    before = None
-    for path in where.positions:
-        table = model.get_submodule(path)
-        before = table.weight.shape[0]
-        table.weight = nn.Parameter(table.weight.detach()[:rows].clone(), requires_grad=table.weight.requires_grad)
-        table.num_embeddings = rows
-    for module in model.modules():
-        for name in ("position_ids", "token_type_ids"):  # tables of numbers, one per position, that some embeddings keep beside
-            numbers = module._buffers.get(name)
-            if numbers is not None and numbers.shape[-1] == before:
-                module._buffers[name] = numbers[..., :rows].clone()
-    setattr(model.config, where.length, rows if where.counted else n)  # type: ignore[arg-type]
 
 
 def _resize(model: nn.Module, where: Embeddings, n: int) -> None:
