@@ -19,9 +19,8 @@ from paretune.errors import ParetuneError
 
 VERBS = (
     ahead.plan, job.run, job.frontier, search.search, curve.learning_curve, after.measure, after.report, after.predict, after.export,
-    look.methods, look.targets, analyze.analyze, checkup.doctor
-)
-
+    look.methods, look.targets, analyze.analyze, checkup.doctor,
+)  # fmt: skip
 
 
 class App(click.Group):

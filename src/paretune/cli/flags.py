@@ -22,18 +22,9 @@ if TYPE_CHECKING:
 _DIRECTORY, _ABOVE_0, _FROM_1 = click.Path(file_okay=False), FloatRange(0, min_open=True), IntRange(1)
 
 
-class Megabytes(click.ParamType):
+def _megabytes(size: str) -> float:
     """A size such as 2GB, in MB (10^6 bytes)."""
-
-    name = "size"
-
-    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Reads it; a number is in MB already.
-
-        Raises:
-            BudgetError: for a text that is no size.
-        """
-        return read(value, "bytes") / 1e6 if isinstance(value, str) else value
+    return read(size, "bytes") / 1e6
 
 
 FLAGS: dict[str, click.Parameter] = {
@@ -59,7 +50,7 @@ FLAGS: dict[str, click.Parameter] = {
         Option(["--max-train"], type=_FROM_1, metavar="N", help="Train on at most N rows, chosen by content hash."),
         Option(["--device"], default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, mps, ..."),
         Option(["--threads"], type=_FROM_1, metavar="N", help="Processor threads; else torch's own number."),
-        Option(["--max-memory", "max_memory_mb"], type=Megabytes(), metavar="SIZE", help="Cut training steps, and recompute activations, to stay below: 2GB."),
+        Option(["--max-memory", "max_memory_mb"], type=_megabytes, metavar="SIZE", help="Cut training steps, and recompute activations, to stay below: 2GB."),
         Option(["--seed"], type=IntRange(0), default=0, show_default=True, metavar="N", help="Of the head, the adapters and the order of rows."),
         Option(["--price"], metavar="PRICE", help="Of a kilowatt-hour, as in 0.30EUR."),
         Option(["--protocol"], type=Choice(["quick", "full"]), default="quick", show_default=True, help="How long inference is measured: seconds or minutes."),
