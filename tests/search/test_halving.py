@@ -42,15 +42,15 @@ def test_a_third_of_a_rung_goes_up_the_best_first():
 
 
 @pytest.mark.parametrize("power", [0.1, 0.5, 1.0, 2.0])
-def test_no_power_law_exceeds_its_optimistic_bound(power):
+def test_no_power_law_exceeds_what_is_hoped_of_it(power):
     def curve(n: float) -> float:
         return 0.93 - 2.0 * n**-power
 
-    bound = halving.optimistic({100: curve(100), 300: curve(300)}, 2700)
+    bound = halving.hope({100: curve(100), 300: curve(300)}, 2700)
     assert bound >= curve(2700)
     assert bound == pytest.approx(curve(300) + 2 * (curve(300) - curve(100)))  # two factors of 3 are left, one was seen
-    assert halving.optimistic({100: 0.5}, 900) == math.inf
-    assert halving.optimistic({100: 0.6, 300: 0.5}, 900, noise=0.01) == pytest.approx(0.51)  # a curve that fell is hoped to stay
+    assert halving.hope({100: 0.5}, 900) == math.inf
+    assert halving.hope({100: 0.6, 300: 0.5}, 900, noise=0.01) == pytest.approx(0.51)  # a curve that fell is hoped to stay
 
 
 def entry(recipe: str, rows: int, score: float, stored_mb: float) -> Entry:

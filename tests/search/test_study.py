@@ -75,7 +75,7 @@ def test_a_draw_that_is_no_recipe_is_answered_as_failed():
     study = Study(None, better=["higher", "lower"], sampler="random")
 
     def draw(suggest):
-        suggest.suggest_int("x", 1, 3)
+        suggest.suggest_int("x", low=1, high=3)
         raise Incompatible("no")
 
     with pytest.raises(Incompatible):

@@ -19,10 +19,18 @@ if TYPE_CHECKING:
     from paretune.searches.found import Found
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is searched, and what that may spend."""
+
+    space: str
+    budget: str | None
+
+
 @verb("paretune search reviews.csv --text review --label stars --budget train_s=3600 --under 'latency_p50_ms=20, stored_mb=30' --out out/\n"
       "paretune search --task stdlib-topics --space 'lora(r=[2..64 log], targets={attention, linear}) | {none, merge | int8}' --trials 20")  # fmt: skip
 def search(
-    data: Data, space: str, *, budget: str | None, searching: Searching, place: Place, budgets: Budgets, training: Training, compute: Compute, metering: Metering
+    data: Data, asked: Asked, *, searching: Searching, place: Place, budgets: Budgets, training: Training, compute: Compute, metering: Metering
 ) -> None:
     """Finds the best recipes of a space on DATA, and spends no more than its budget on it.
 
@@ -33,14 +41,14 @@ def search(
     budgets.check()
     if len(budgets.under) > 1:
         raise click.UsageError("--under is given once in a search: it says which model is chosen; `paretune report` answers further ones")
-    if budget is None and searching.trials is None:
+    if asked.budget is None and searching.trials is None:
         raise click.UsageError("a search needs an end: --budget 'train_s=3600', or --trials 20, or both")
     from paretune.searches import aims
     from paretune.searches import space as spaces
 
-    spaces.read(space)
-    if budget:
-        aims.spendable(budget)
+    spaces.read(asked.space)
+    if asked.budget:
+        aims.spendable(asked.budget)
     task = _opened(data, [], compute, metering)
     from paretune import flow, store
     from paretune.cli import progress, show
@@ -49,7 +57,9 @@ def search(
     under = next(iter(budgets.under), None)
     with progress.Progress() as report:
         options = Options(training, compute, metering, report, searching)
-        found = flow.search(task, backbone=place.backbone, space=space, budget=budget, under=under, out=place.out, resume=place.resume, options=options)
+        found = flow.search(
+            task, backbone=place.backbone, space=asked.space, budget=asked.budget, under=under, out=place.out, resume=place.resume, options=options
+        )
     place.record_command()
     store.write_json(Path(place.out) / ANSWERS, {**dataclasses.asdict(budgets), "command": command_line()})
     show.front([store.Run.read(Path(place.out) / "runs" / record["id"]) for record in found.front.records], budgets, out=Path(place.out))

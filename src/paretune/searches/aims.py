@@ -78,9 +78,9 @@ class Aims:
         found = []
         for entry in {e.recipe: e for e in entries if e.rows < rows}.values():
             scores = {e.rows: e.score for e in entries if e.recipe == entry.recipe and e.score is not None}
-            hope = self.losses([entry])[0]
-            hope[0] = -halving.optimistic(scores, rows, noise=noise)
-            if halving.beaten(hope, tops):
+            best = self.losses([entry])[0]
+            best[0] = -halving.hope(scores, rows, noise=noise)
+            if halving.beaten(best, tops):
                 found.append(entry.recipe)
         return found
 

@@ -90,7 +90,7 @@ class Found:
             earlier.append(entry)
             if entry in tops:
                 reached = [e for e in earlier if e in tops]
-                points.append((journal.total(earlier), share(self.aims.losses(reached), corner, ideal)))
+                points.append((journal.total(earlier), share(self.aims.losses(reached), worst=corner, best=ideal)))
         return points
 
     def gained(self) -> dict[str, float | None]:
@@ -133,7 +133,7 @@ def _box(aims: Aims, entries: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(worst), losses.min(axis=0)
 
 
-def share(losses: np.ndarray, worst: np.ndarray, best: np.ndarray) -> float:
+def share(losses: np.ndarray, *, worst: np.ndarray, best: np.ndarray) -> float:
     """The volume that points cover of the box between a worst and a best corner, 0 to 1; a side without a length does not count."""
     inside = losses[(losses <= worst).all(axis=1)]
     return dominance.hypervolume((inside - best) / np.where(worst > best, worst - best, 1.0), np.ones(len(worst)))

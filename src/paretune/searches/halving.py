@@ -49,7 +49,7 @@ def promotable(best_first: Sequence[str], above: Sequence[str], *, hopeless: Seq
     return next((name for name in best_first[: len(best_first) // ETA] if name not in above and name not in hopeless), None)
 
 
-def optimistic(scores: Mapping[int, float], rows: int, *, noise: float = 0.0) -> float:
+def hope(scores: Mapping[int, float], rows: int, *, noise: float = 0.0) -> float:
     """The most that a score can be hoped to reach at `rows`, by its scores at fewer: no doubling of the data buys more than the last one did.
 
         s(n) ≤ s(n₂) + (s(n₂) - s(n₁))⁺ · log(n / n₂) / log(n₂ / n₁) + noise

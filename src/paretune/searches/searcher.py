@@ -147,7 +147,7 @@ class Searcher:
 
         def draw(suggest: Suggest) -> str:
             if several:
-                suggest.suggest_int(ROWS, self.rungs[0], self.rungs[-1], log=True)
+                suggest.suggest_int(ROWS, low=self.rungs[0], high=self.rungs[-1], log=True)
             return self.space.draw(suggest)
 
         try:

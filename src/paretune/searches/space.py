@@ -33,10 +33,10 @@ NAMED = {
 class Suggest(Protocol):
     """Where values come from; a trial of Optuna is one."""
 
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+    def suggest_int(self, name: str, *, low: int, high: int, log: bool = False) -> int:
         """A whole number from low to high."""
 
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+    def suggest_float(self, name: str, *, low: float, high: float, log: bool = False) -> float:
         """A number from low to high."""
 
     def suggest_categorical(self, name: str, choices: Sequence[str]) -> str:
@@ -49,11 +49,11 @@ class Seeded:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
 
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+    def suggest_int(self, name: str, *, low: int, high: int, log: bool = False) -> int:
         """A whole number from low to high."""
-        return round(self.suggest_float(name, low, high, log=True)) if log else self.random.randint(low, high)
+        return round(self.suggest_float(name, low=low, high=high, log=True)) if log else self.random.randint(low, high)
 
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+    def suggest_float(self, name: str, *, low: float, high: float, log: bool = False) -> float:
         """A number from low to high."""
         return math.exp(self.random.uniform(math.log(low), math.log(high))) if log else self.random.uniform(low, high)
 
@@ -74,8 +74,8 @@ class Range:
     def draw(self, suggest: Suggest) -> str:
         """The number's text."""
         if self.whole:
-            return str(suggest.suggest_int(self.name, int(self.low), int(self.high), log=self.log))
-        return repr(float(f"{suggest.suggest_float(self.name, self.low, self.high, log=self.log):.4g}"))
+            return str(suggest.suggest_int(self.name, low=int(self.low), high=int(self.high), log=self.log))
+        return repr(float(f"{suggest.suggest_float(self.name, low=self.low, high=self.high, log=self.log):.4g}"))
 
     @property
     def whole(self) -> bool:
