@@ -18,7 +18,7 @@ import torch
 from benchmarks import cells, data
 from benchmarks.cells import Cell, Table
 from benchmarks.grids import _beginning as beginning
-from benchmarks.shrinking import EPOCHS, TRAIN, WORK
+from benchmarks.shrinking import EPOCHS, TRAIN, WORK, code
 
 SEEDS = (0, 1, 2)
 GRIDS = ((8, 0), (4, 64), (3, 64), (3, 0), (2, 64), (2, 0))  # bits, and weights with one scale (0: a row)
@@ -127,13 +127,13 @@ def page(table: Table) -> str:
         return cells.mean_range([table.found(f"{cell} {seed}") for seed in SEEDS], **how)
 
     grids = ([str(bits), str(group or "row"), over(f"after {bits} {group or 'row'}"), over(f"while {bits} {group or 'row'}"),
-              f"`{STORED[bits, group]}`" if (bits, group) in STORED else ""] for bits, group in GRIDS)  # fmt: skip
-    eight = ([name, f"`{recipe}`", over(f"eight {name}"), cells.mean([table.found(f"eight {name} {s}") for s in SEEDS], "stored_mb", digits=1)]
+              code(STORED[bits, group]) if (bits, group) in STORED else ""] for bits, group in GRIDS)  # fmt: skip
+    eight = ([name, code(recipe), over(f"eight {name}"), cells.mean([table.found(f"eight {name} {s}") for s in SEEDS], "stored_mb", digits=1)]
              for name, recipe in EIGHT.items())  # fmt: skip
-    named = {name: f"`{recipe}`" for name, (recipe, _) in BOOKS.items()} | dict.fromkeys(ROUNDED, "rounded in memory")
+    named = {name: code(recipe) for name, (recipe, _) in BOOKS.items()} | dict.fromkeys(ROUNDED, "rounded in memory")
     bits = {name: f"{bits:g}" for name, (_, bits) in BOOKS.items()} | {name: f"{b + 32 / g:g}" for name, (b, g) in ROUNDED.items()}
     books = ([name, named[name], bits[name], cells.mean([table.found(f"books {name}")], "score", digits=2)] for name in named)
-    layers = ([name, f"`{recipe}`", over(f"smaller {name}", times=1.0, digits=2),
+    layers = ([name, code(recipe), over(f"smaller {name}", times=1.0, digits=2),
                cells.mean([table.found(f"smaller {name} {s}") for s in SEEDS], "stored_mb", digits=1)] for name, recipe in SMALLER.items())  # fmt: skip
     return f"""# Bits
 
