@@ -117,7 +117,7 @@ def chosen(sizes: Sequence[float], scores: Sequence[float]) -> Curve:
     return next(curve for form in best_first if (curve := fitted(sizes, scores, family=form.name)) is not None)  # `last` always fits
 
 
-def predict(sizes: Sequence[int], scores: Sequence[float], at: Sequence[int], *, draws: int = 200, seed: int = 0) -> list[Prediction]:
+def predict(sizes: Sequence[int], scores: Sequence[float], *, at: Sequence[int], draws: int = 200, seed: int = 0) -> list[Prediction]:
     """The scores to expect at further sizes.
 
     Args:
@@ -196,7 +196,7 @@ def next_doubling(points: Points) -> Doubling:
         DataError: as `predict`.
     """
     largest = max(points.sizes)
-    now, then = predict(points.sizes, points.scores, [largest, 2 * largest])
+    now, then = predict(points.sizes, points.scores, at=[largest, 2 * largest])
     slope, start = np.polyfit(points.sizes, points.train_s, 1)
     return Doubling(now, then, float(start + slope * 2 * largest), levels(points.sizes, points.scores))
 

@@ -36,7 +36,7 @@ def test_no_curve_ends_above_the_highest_score() -> None:
     for family in ("pow3", "pow4", "mmf4", "wbl4"):
         curve = curves.fitted(SIZES, rising, family=family)
         assert curve is None or curve.at([10**9])[0] <= 1 + 1e-6
-    assert max(p.high for p in curves.predict(SIZES, rising, [6400, 10**6], draws=20)) <= 1
+    assert max(p.high for p in curves.predict(SIZES, rising, at=[6400, 10**6], draws=20)) <= 1
 
 
 def test_intervals_hold_the_score_of_a_new_run() -> None:
@@ -44,13 +44,13 @@ def test_intervals_hold_the_score_of_a_new_run() -> None:
     for trial in range(12):
         noise = random.normal(0, 0.005, len(SIZES) + 1)
         scores = [TRUTH["pow3"](float(x)) + e for x, e in zip(SIZES, noise, strict=False)]
-        (found,) = curves.predict(SIZES, scores, [6400], draws=40, seed=trial)
+        (found,) = curves.predict(SIZES, scores, at=[6400], draws=40, seed=trial)
         held += found.low <= TRUTH["pow3"](6400.0) + noise[-1] <= found.high
     assert held >= 9, f"{held} of 12 intervals of 95 %"
 
 
 def test_what_has_stopped_growing_is_not_foretold_to_grow() -> None:
-    (found,) = curves.predict(SIZES, [0.4, 0.6, 0.8, 0.9, 0.9, 0.9, 0.9], [6400], draws=20)
+    (found,) = curves.predict(SIZES, [0.4, 0.6, 0.8, 0.9, 0.9, 0.9, 0.9], at=[6400], draws=20)
     assert found.score == pytest.approx(0.9, abs=0.02)
 
 
@@ -75,7 +75,7 @@ def test_shares_double_up_to_all() -> None:
 
 def test_too_few_sizes_are_refused() -> None:
     with pytest.raises(DataError, match="4 different sizes"):
-        curves.predict([10, 20, 20, 40], [0.1, 0.2, 0.2, 0.3], [80])
+        curves.predict([10, 20, 20, 40], [0.1, 0.2, 0.2, 0.3], at=[80])
 
 
 def test_the_time_of_the_next_run_lies_on_a_line() -> None:

@@ -34,7 +34,7 @@ def learning_curve(recipe: str, data: Data, *, place: Place, seeds: int, trainin
     doubled = learning_curves.next_doubling(points)
     folder = Path(place.out)
     store.write_json(folder / "learning_curve.json", {"command": command_line(), "recipe": recipe, **dataclasses.asdict(points), **dataclasses.asdict(doubled)})
-    path = picture.save(points, doubled, folder / "learning_curve.png", title=f"{recipe} on {task.name}, {task.metric}")
+    path = picture.save(points, doubled, path=folder / "learning_curve.png", title=f"{recipe} on {task.name}, {task.metric}")
     for size, score, seconds in zip(points.sizes, points.scores, points.train_s, strict=True):
         click.echo(f"{size:>8,} rows   {task.metric} {score:.3f}   {show(seconds, 's')}")
     click.echo(doubled.describe(task.metric))

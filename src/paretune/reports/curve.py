@@ -16,7 +16,7 @@ from paretune.store import written_file
 _BLUE, _ORANGE, _INK = "#0072B2", "#D55E00", "#57606A"
 
 
-def save(points: Points, doubled: Doubling, path: Path, *, title: str) -> Path:
+def save(points: Points, doubled: Doubling, *, path: Path, title: str) -> Path:
     """Writes the picture as PNG; returns the path."""
     figure = draw(points, doubled, title=title)
     with written_file(path) as part:

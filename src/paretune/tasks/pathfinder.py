@@ -31,7 +31,7 @@ def rows(count: int) -> tuple[dict[str, str], ...]:
 
 
 def as_text(image: np.ndarray) -> str:
-    """Grey levels (SIDE, SIDE) as text, row by row."""
+    """Gray levels (SIDE, SIDE) as text, row by row."""
     return "".join(GRAY[level] for level in image.reshape(-1))
 
 
