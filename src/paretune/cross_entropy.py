@@ -33,10 +33,12 @@ def projection(model: Any, kind: Any, *, batch: Mapping[str, Tensor]) -> nn.Modu
         return None
     was_training, made = model.training, []
     hook = output.register_forward_hook(lambda _, args, logits: made.append(logits))
-    with torch.no_grad():
-        logits = model.eval()(**kind.inputs({k: v[:1] for k, v in batch.items()})).logits
-    hook.remove()
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            logits = model.eval()(**kind.inputs({k: v[:1] for k, v in batch.items()})).logits
+    finally:
+        hook.remove()
+        model.train(was_training)
     return output if len(made) == 1 and logits is made[0] else None
 
 
