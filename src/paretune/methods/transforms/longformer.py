@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from paretune import anatomy, efficient, lengths, windows
 from paretune.anatomy import Site
@@ -131,28 +132,42 @@ class Window(Replacement):
         super().__init__(site)
         self.first = method.first(site)
         for name in GLOBAL if self.first else ():
-            setattr(self, name, nn.Linear(site.in_features, site.out_features, bias=site.bias))
+            bias = site.bias and name != "key_global"  # one number for all keys of a query changes no softmax
+            setattr(self, name, nn.Linear(site.in_features, site.out_features, bias=bias))
 
     def compute(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
         bands = self.method.bands(self.site.layer or 0, causal=efficient.is_causal(call), first=self.first)
         out, weights = windows.attention(attend, call, bands=bands, dense_below=self.method.dense_below or 0, by=self.method)
         if not self.first:
             return out, weights
-        first, first_weights = attend(self._of_all(call))
+        first, first_weights = self._of_all(call)
         g = first.shape[1]
-        return torch.cat([first, out[:, g:]], 1), None if weights is None else torch.cat([first_weights, weights[:, :, g:]], 2)
+        out = torch.cat([first, out[:, g:]], 1)
+        return out, None if weights is None else torch.cat([first_weights, weights[:, :, g:]], 2)
 
-    def _of_all(self, call: Call) -> Call:
-        """The call of the global tokens alone: softmax(s q'K'ᵀ) V'."""
-        g, x = self.first, call.x
-        query, key, value = (_heads(getattr(self, name), x[:, :g].contiguous() if name == "query_global" else x, like=call.query) for name in GLOBAL)
-        more = dict(call.more)
-        if more.get("position_bias") is not None:
-            more["position_bias"] = more["position_bias"][:, :, :g]
-        mask = None if call.mask is None else call.mask[:, :, :g]
-        return call._replace(query=query, key=key, value=value, mask=mask, more=more)
+    def _of_all(self, call: Call) -> tuple[Tensor, Tensor]:
+        """The global tokens' output (B, g, H, D) and weights (B, H, g, n), without their keys and values.
 
-
-def _heads(projection: nn.Linear, x: Tensor, *, like: Tensor) -> Tensor:
-    """(B, T, features) to (B, H, T, D)."""
-    return projection(fitting(x, projection.weight)).to(like.dtype).unflatten(-1, (-1, like.shape[-1])).transpose(1, 2)
+        q'·(W_k x_j + b_k) = (W_kᵀ q')·x_j + a number that is the same for all j, and Σ p_j (W_v x_j + b_v) = W_v (Σ p_j x_j) + b_v Σ p_j:
+        H g n D_x products a map instead of n D_x².
+        """
+        g, size = self.first, call.query.shape[-1]
+        key, value = self.key_global.weight, self.value_global
+        x = fitting(call.x, key)
+        query = self.query_global(x[:, :g].contiguous()).unflatten(-1, (-1, size))  # (B, g, H, D)
+        reach = torch.einsum("bghd,hdx->bhgx", query, key.unflatten(0, (-1, size)).to(query.dtype))
+        scale = call.more.get("scaling")
+        scores = torch.einsum("bhgx,bnx->bhgn", reach, x.to(reach.dtype)) * (size**-0.5 if scale is None else scale)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if call.more.get("position_bias") is not None:
+            scores = scores + call.more["position_bias"][:, :, :g]
+        if call.mask is not None:
+            said = call.mask[:, :, :g]
+            scores = scores.masked_fill(~said, windows.lowest(scores.dtype)) if said.dtype == torch.bool else scores + said
+        weights = scores.softmax(-1)
+        kept = F.dropout(weights, call.more.get("dropout", 0.0))
+        summed = torch.einsum("bhgn,bnx->bghx", kept.to(x.dtype), x)
+        out = torch.einsum("bghx,hdx->bghd", summed, value.weight.unflatten(0, (-1, size)).to(summed.dtype))
+        if value.bias is not None:
+            out = out + kept.sum(-1).transpose(1, 2)[..., None] * value.bias.unflatten(0, (-1, size))
+        return out.to(call.query.dtype), weights.to(call.query.dtype)
