@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from paretune import batches, probe, training
+from paretune import batches, probe, surgery, training
 from paretune.errors import BudgetError
 from paretune.events import Events
 from paretune.probe import Pace
@@ -29,6 +29,7 @@ from paretune.units import show
 
 GRADIENT_B, KEPT_B = 4, 12  # bytes for each number that learns: its gradient; Adam's two moments and the best epoch's value
 SLACK = 1.05  # what the allocator holds beyond what it is asked for
+KERNEL_B, KERNELS = 0.66e6, 1024  # in bf16 on a CPU oneDNN keeps a kernel for each shape of product, at most so many; the size is fitted to docs/plan.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +142,18 @@ def peak_b(resident_b: float, *, learning: int, held: float, parts: bool) -> flo
     return resident_b + KEPT_B * learning + SLACK * (held + gradients if parts else max(held, gradients))
 
 
+def kernels_b(loop: training.Loop, counts: int, *, dtype: str) -> float:
+    """Bytes of the kernels that products of so many different counts of tokens leave in memory: forward, backward for inputs, and for what learns."""
+    if dtype != "bf16" or loop.accelerator.device.type != "cpu":
+        return 0.0
+    tables = {id(m.weight) for m in loop.model.modules() if isinstance(m, nn.Embedding)}
+    maps = {tuple(p.shape) for p in loop.model.parameters() if p.dim() == 2 and id(p) not in tables}
+    taught = {tuple(p.shape) for p in loop.parameters.values() if p.dim() == 2 and id(p) not in tables}
+    in_head = surgery.in_head(loop.model)
+    through = maps if any(not in_head(name) for name in loop.parameters) else ()
+    return KERNEL_B * min(KERNELS, counts * (len(maps) + len(through) + len(taught)))
+
+
 def worst(found: Appetite, lengths: Sequence[int], *, batch: int, tokens: int) -> float:
     """Bytes that the hungriest part of any step holds, where at most `tokens` pass through at once, or one example."""
     return max(found.of(max(1, min(batch, tokens // max(1, length))), length) for length in set(lengths))
@@ -195,7 +208,8 @@ def choose(loop: training.Loop, limit_mb: float) -> Cut:
         BudgetError: where not even single examples fit, with the least memory possible.
     """
     learning = sum(p.numel() for p in loop.parameters.values())
-    start, least = resident_b(loop.accelerator.device), float("inf")
+    kernels = 0.0 if loop.schedule.dtype == "fp32" else kernels_b(loop, KERNELS, dtype="bf16")
+    start, least = resident_b(loop.accelerator.device) + kernels, float("inf")
     most = min(max(loop.lengths) * loop.schedule.batch, batches.CACHED if loop.accelerator.device.type == "cpu" else sys.maxsize)
     for checkpointing in (False, True):
         if checkpointing and not getattr(loop.model, "supports_gradient_checkpointing", False):

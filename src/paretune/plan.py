@@ -23,6 +23,7 @@ from paretune.weights import kernels
 from paretune.weights.kernels import Slowdown
 from paretune.weights.packed import PackedLinear, Packing
 
+WATCHED_AT_ONCE = 16  # rows in a part of a validation, about
 WITHIN = 0.25  # of the truth, nine times in ten: docs/plan.md
 
 
@@ -110,7 +111,8 @@ def expect(plan: Plan) -> Expected:
 
 
 def _trained(model: nn.Module, plan: Plan, k: int) -> tuple[Stage, rehearsal.Rehearsed, str]:
-    phase, weigher = plan.recipe.phases[k], _Weigher(plan)
+    phase = plan.recipe.phases[k]
+    weigher = _Weigher(plan, epochs=next(m.epochs for m in phase if isinstance(m, Schedule)))
     with fitting.within(model, plan.options.training.max_memory_mb) as limits:
         found = rehearsal.rehearse(model, plan, k=k, beside=[*limits, weigher])
     found = dataclasses.replace(found, once=found.once - weigher.took)
@@ -149,8 +151,8 @@ def _bytes(model: nn.Module) -> float:
 class _Weigher(Events):
     """Counts memory and FLOPs of a training that is about to begin, at the pace that the probe chose."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.asked = plan
+    def __init__(self, plan: Plan, *, epochs: float) -> None:
+        self.asked, self.epochs = plan, epochs
         self.took, self.peak_mb, self.counted_flops, self.per_row = Took(), 0.0, None, 1.0
 
     def events(self, loop: training.Loop) -> Events:
@@ -169,6 +171,9 @@ class _Weigher(Events):
         held = max(found.of(len(part), max(lengths[i] for i in part)) for step in steps for part in step)
         self.resident_b += fitting.encodings_b(encodings) * len(self.asked.task.train) / len(rows)
         learning = sum(p.numel() for p in loop.parameters.values())
+        passes = self.epochs * len(self.asked.task.train) / len(rows)
+        counts = round(sum(map(len, steps)) * passes) + training.watched_of(self.asked.task) // WATCHED_AT_ONCE
+        self.resident_b += fitting.kernels_b(loop, counts, dtype=pace.dtype)
         self.peak_mb = fitting.peak_b(self.resident_b, learning=learning, held=held, parts=max(map(len, steps)) > 1) / 1e6
         self.counted_flops = training.flops_per_example(loop.model, loop.task, schedule=loop.schedule)
         self.took = now() - started

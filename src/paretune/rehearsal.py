@@ -55,6 +55,7 @@ class Rehearsed:
     watch: Took  # per row that is answered between epochs
     answer: Took  # per row that is answered at the end, in fp32
     spread: float = 0.0  # standard error of the seconds per token over the timed batches, as a share
+    kept: bool = False  # are the features of what is frozen kept, so that a later validation is nearly free?
     share: float = 1.0  # of the training rows that an epoch visits
     power_w: float | None = None  # what the machine drew meanwhile, where that is measured or stated
     reason: str = ""  # why that is not known
@@ -65,7 +66,8 @@ class Rehearsed:
 
     def training(self, rows: int, *, watched: int) -> Took:
         """Of a whole phase on so many rows, where patience does not end it earlier."""
-        return self.once + self.each() * rows + self.watch * (math.ceil(self.epochs) * watched)
+        times = min(1, math.ceil(self.epochs)) if self.kept else math.ceil(self.epochs)
+        return self.once + self.each() * rows + self.watch * (times * watched)
 
 
 def rehearse(model: nn.Module, plan: Plan, *, k: int, beside: Sequence[Any] = ()) -> Rehearsed:
@@ -98,7 +100,7 @@ def rehearse(model: nn.Module, plan: Plan, *, k: int, beside: Sequence[Any] = ()
     once = Took(spent.wall_s, spent.cpu_s) - watch.total() - encode * len(task.train)
     return Rehearsed(
         schedule.epochs, Took(max(0.0, once.wall_s), max(0.0, once.cpu_s)), encode, first, later, answered, answer(model, plan.task),
-        watch.spread(), share, None if spent.energy.value is None else spent.energy.value / spent.wall_s, spent.energy.reason,
+        watch.spread(), watch.kept, share, None if spent.energy.value is None else spent.energy.value / spent.wall_s, spent.energy.reason,
     )  # fmt: skip
 
 
@@ -154,39 +156,42 @@ def now() -> Took:
 
 
 def _few(model: nn.Module, task: Task, size: int) -> tuple[Task, Took, float]:
-    """(the task with the training rows of three batches and nothing to validate on, seconds to encode a row, tokens of an average row)."""
+    """(the task with the training rows of three batches and nothing to validate on, seconds to encode a row, tokens of an average row with its padding)."""
     rows = sample(task.train, SAMPLE * size)
     started = now()
     encodings = training.encode(task, rows, model=model)
     encode = (now() - started) * (1 / len(rows))
     lengths = [task.kind.length(e) for e in encodings]
+    whole = batches.epoch_batches(lengths, None, batch=size, random=batches.generator(0, 0))
     if len(encodings) == len(rows):
-        whole = batches.epoch_batches(lengths, None, batch=size, random=batches.generator(0, 0))
         ordered = sorted(whole, key=lambda indices: max(lengths[i] for i in indices))
         kept = sorted({i for q in QUANTILES for i in ordered[round(q * (len(ordered) - 1))]})
     else:  # language modeling has blocks of one length, each of several rows, or several of one row
         kept = list(range(min(len(rows), math.ceil(len(QUANTILES) * size * len(rows) / max(1, len(encodings))))))
     few = dataclasses.replace(task, train=type(task.train)(rows[i] for i in kept), validation=type(task.validation)())
-    return few, encode, sum(lengths) / len(rows)
+    parts = [part for indices in whole for part in batches.parts(indices, lengths)]
+    return few, encode, sum(len(part) * max(lengths[i] for i in part) for part in parts) / len(rows)
 
 
 class _Stopwatch(Events):
-    """Times the steps of a training by the tokens in them."""
+    """Times the steps of a training by the tokens in them, padding included."""
 
     def __init__(self) -> None:
         self.marks: list[tuple[int, Took, int]] = []  # epoch, moment, tokens since the mark before
         self.tokens = self.examples = 0
+        self.kept = False
 
     def events(self, loop: training.Loop) -> Events:
         self.examples = len(loop.encodings)
         return self
 
     def inputs(self, loop: training.Loop, batch: dict[str, Any]) -> dict[str, Any]:
-        self.tokens += sum(loop.lengths[i] for i in loop.indices)
+        self.tokens += len(loop.indices) * max(loop.lengths[i] for i in loop.indices)
         return batch
 
     def after_step(self, loop: training.Loop) -> None:
         self.marks.append((loop.epoch, now(), self.tokens))
+        self.kept = loop.split.cut is not None
         self.tokens = 0
 
     def _steps(self, epoch: int | None = None) -> list[tuple[Took, int]]:
