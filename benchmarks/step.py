@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cells
+from benchmarks import cells, step_parts
 
 VARIANTS = {"as it is": True, "as it is, again": True, "batches whole": False}  # are batches cut?
 FILE = Path(__file__).parent / "results" / "step.json"
@@ -70,7 +70,8 @@ LoRA of the attention's maps on {found["examples"]} texts of stdlib-topics, one 
 {cells.markdown(["variant", "train CPU s", "CPU time, ratio", "wall time, ratio", "peak memory MB"], (_row(name, rounds) for name in VARIANTS))}
 
 Made by `python -m benchmarks.step` from `benchmarks/results/step.json`; `--table` makes it again from the file.
-"""
+
+{step_parts.section()}"""
 
 
 def _row(name: str, rounds: list[dict[str, Any]]) -> list[str]:
