@@ -78,7 +78,8 @@ def _account(found: Found) -> None:
     click.echo(f"gained:  {gain['share']:.1%} of the box between the worst and the best of its trials, {_per(gain['per_1000_train_s'])} per 1,000 s"
                f", {_per(gain['per_1000_train_energy_j'])} per 1,000 J")  # fmt: skip
     if not found.confirmed:
-        click.echo("warning: the chosen recipes were not trained again and measured together (a budget that ended, or --confirm 0); their scores are those they were chosen among")
+        why = "a budget that ended, or --confirm 0"
+        click.echo(f"warning: the chosen recipes were not trained again and measured together ({why}); their scores are those they were chosen among")
 
 
 def _per(share: float | None) -> str:
