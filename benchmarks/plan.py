@@ -140,8 +140,7 @@ What `paretune plan` expects of a run's training, and what the run then took ([h
 {WITHIN:.0%} of the actual figure: {counts["cpu_s"]} of {len(done)} for CPU time, {counts["peak_mb"]} of {len(done)} for peak memory.
 
 The runs are short, so that this table can be made again; the longer a run, the less a plan's share of chance. Other jobs ran on the same two cores: CPU seconds
-are compared because the clock on the wall says more about those jobs. Under such load CPU seconds, too, move by a fifth from one minute to the next, and a plan cannot
-know it. One thread; `small` is a BERT of 4 layers of width 128, `wide` one of 3 layers of width 768.
+are compared because the clock on the wall says more about those jobs. One thread; `small` is a BERT of 4 layers of width 128, `wide` one of 3 layers of width 768.
 
 {cells.markdown(head, (_row(work, f) for work, f in found.items()))}
 

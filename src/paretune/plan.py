@@ -24,7 +24,7 @@ from paretune.weights.kernels import Slowdown
 from paretune.weights.packed import PackedLinear, Packing
 
 WATCHED_AT_ONCE = 16  # rows in a part of a validation, about
-WITHIN = 0.25  # of the truth, nine times in ten: docs/plan.md
+WITHIN = 0.25  # half-width of the printed intervals, relative; how often it holds is in docs/plan.md
 
 
 @dataclasses.dataclass(frozen=True)
