@@ -40,7 +40,7 @@ class Longformer(AttentionTransform):
         lowers="E",
         why="Attention costs n (2w + 1 + g) products a feature instead of n², so it grows with the length and not with its square; far tokens meet over layers.",
         note="Exact within its window: at w ≥ n − 1 without global tokens it is the model's own attention, bit for bit. Below dense_below tokens, and in eager "
-        "attention, all pairs are computed and a mask hides the far ones, which is slower than no mask (docs/windows.md). A T5 computes its n² position biases as before. "
+        "attention, all pairs are computed and a mask hides the far ones, slower than no mask (docs/windows.md). A T5 computes its n² position biases as before. "
         "A decoder has no global tokens, for its first tokens may see nothing later; its cache keeps all keys.",
     )
     needs_processor = True
@@ -69,8 +69,9 @@ class Longformer(AttentionTransform):
         for stack in {site.stack for site in sites}:
             count = len([site for site in sites if site.stack == stack])
             for name in ("window", "dilation"):
-                if len(_spelled(self, name)) not in (1, count):
-                    raise Incompatible(f"{self!r}: {name} is given for {len(_spelled(self, name))} layers, and {type(model).__name__} has {count}; give one, or {count}")
+                given = len(_spelled(self, name))
+                if given not in (1, count):
+                    raise Incompatible(f"{self!r}: {name} is given for {given} layers, and {type(model).__name__} has {count}; give one, or {count}")
         if self.length is not None:
             lengths.check(model, self.length, by=self)
 
