@@ -221,7 +221,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
 
 
 def test_ctrl_c_says_how_to_go_on(place, tmp_path):
-    command = [*map(str, job(place, "run", "full", out=tmp_path / "out")), "--epochs", "100000"]
+    command = [*map(str, job(place, "run", "full + schedule(epochs=100000, patience=100000)", out=tmp_path / "out"))]
     process = subprocess.Popen([sys.executable, "-c", MAIN, *command], stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while not list((tmp_path / "out").glob("phases/.*.lock")) and time.monotonic() < until:

@@ -75,14 +75,13 @@ class LowRank(Patch):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.inner(x)
-        if h.dtype == y.dtype:  # y + h Bᵀ, summed up within the product
-            return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), self.B.T).view(y.shape)
-        return y + F.linear(h, self.B).to(y.dtype)
+        if h.dtype == y.dtype == torch.bfloat16:  # summed up within the product; it rounds otherwise than PEFT's sum, far below what bf16 does
+            return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), self.B.T, alpha=self.scale).view(y.shape)
+        return y + self.scale * F.linear(h, self.B).to(y.dtype)
 
     def inner(self, x: Tensor) -> Tensor:
-        """s A x: (B, T, I) to (B, T, r), scaled where it is narrow."""
-        x = F.dropout(x, self.dropout, self.training)
-        return self.scale * F.linear(fitting(x, self.A), self.A)
+        """A x: (B, T, I) to (B, T, r)."""
+        return F.linear(fitting(F.dropout(x, self.dropout, self.training), self.A), self.A)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
         return self.scale * (self.B.float() @ self.A.float()), None  # ΔW = s B A
@@ -96,4 +95,4 @@ class Gated(LowRank):
         self.gate = nn.Parameter(torch.zeros(site.in_features + 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + (openness(x, self.gate) * F.linear(self.inner(x), self.B)).to(y.dtype)
+        return y + (openness(x, self.gate) * self.scale * F.linear(self.inner(x), self.B)).to(y.dtype)
