@@ -61,13 +61,13 @@ def allot(plans: Sequence[Plan], budget_s: float, *, report: Callable[[dict[str,
         BudgetError: when not even a few examples would be done in time.
     """
     task, begun = plans[0].task, time.perf_counter()
-    each, fixed = 0.0, PER_RUN_S * len(plans)
+    each, fixed, trainings = 0.0, PER_RUN_S * len(plans), []
     learning = {plan.identity(k + 1): (plan, k) for plan in plans for k, phase in enumerate(plan.recipe.phases) if not isinstance(phase[0], Transform)}
     answers = {}
     for i, (identity, (plan, k)) in enumerate(learning.items()):
         found = _rehearsed(plan, k)
         each += found.each().wall_s
-        fixed += found.training(0, watched=training.watched_of(task)).wall_s
+        trainings.append(found)
         answers[identity] = found.answer.wall_s
         if report:
             report({"measuring": "training speed", "done": i + 1, "of": len(learning)})
@@ -75,7 +75,11 @@ def allot(plans: Sequence[Plan], budget_s: float, *, report: Callable[[dict[str,
         last = [answers[known] for k in range(len(plan.recipe.phases)) if (known := plan.identity(k + 1)) in answers]
         fixed += (last[-1] if last else 0.0) * (len(task.validation) + len(task.test))
     fixed += time.perf_counter() - begun
-    allowed = int((budget_s * RESERVE - fixed) / each) if each else len(task.train)
+    allowed, without = LEAST, fixed
+    for _ in range(2):  # how many rows are watched depends on how many are trained on
+        watched = training.watched_of(task.subset(max(LEAST, allowed)))
+        fixed = without + sum(found.training(0, watched=watched).wall_s for found in trainings)
+        allowed = int((budget_s * RESERVE - fixed) / each) if each else len(task.train)
     if allowed < LEAST:
         needed = (fixed + LEAST * each) / RESERVE
         raise BudgetError(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Events:
     """What a modifier may do in a training phase; each handler is a no-op until overridden."""
 
+    looks_on: bool = False  # does it only count what passes? then passes may be cut short
     whole_batches = False  # whether a batch must pass through the model at once
 
     def indices(self, epoch: int, n: int, *, generator: torch.Generator) -> Sequence[int] | None:

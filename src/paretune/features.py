@@ -163,5 +163,5 @@ def allowed(loop: Loop) -> bool:
     changes the inputs or reads the pass for a loss of its own.
     """
     reader = seams.readout(loop.model)
-    looked_into = any(type(e).inputs is not Events.inputs or type(e).loss is not Events.loss for e in loop.events)
+    looked_into = any(type(e).inputs is not Events.inputs or type(e).loss is not Events.loss for e in loop.events if not e.looks_on)
     return loop.schedule.cache and loop.accelerator.num_processes == 1 and not looked_into and not (reader is not None and reader.speaks)

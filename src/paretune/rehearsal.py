@@ -24,6 +24,7 @@ from paretune.tasks import Task
 QUANTILES = (1 / 6, 1 / 2, 5 / 6)  # of an epoch's batches, from short to long: what these take on average, all take
 SAMPLE = 32  # batches of training rows whose lengths are looked at
 SCORED = 32  # rows that are answered
+ANSWERED = 64  # rows in a batch of answers, as `training.read` takes them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +139,22 @@ def little(task: Task) -> Task:
 
 
 def answer(model: nn.Module, task: Task, *, pace: probe.Pace | None = None) -> Took:
-    """Seconds per row that is encoded and answered, as for a score."""
-    rows = sample(task.test if len(task.test) else task.train, SCORED)
+    """Seconds per row that is encoded and answered, as for a score: those per token of a few rows, times the tokens of an average row, padding included.
+
+    The first pass, which prepares kernels, is not counted.
+    """
+    rows = sample(task.test if len(task.test) else task.train, SAMPLE * SCORED)
+    few = sample(rows, SCORED)
+    training.predict(model, task, rows=few, pace=pace)
     started = now()
-    training.predict(model, task, rows=rows, pace=pace)
-    return (now() - started) * (1 / len(rows))
+    training.predict(model, task, rows=few, pace=pace)
+    return (now() - started) * (_answered_tokens(model, task, rows) / _answered_tokens(model, task, few) / len(rows))
+
+
+def _answered_tokens(model: nn.Module, task: Task, rows: Any) -> int:
+    lengths = [task.kind.length(e) for e in training.encode(task, rows, model=model)]
+    parts = [part for whole in batches.by_length(lengths, ANSWERED) for part in batches.parts(whole, lengths)]
+    return sum(len(part) * max(lengths[i] for i in part) for part in parts)
 
 
 def sample(rows: Any, n: int) -> Any:
@@ -175,6 +187,8 @@ def _few(model: nn.Module, task: Task, size: int) -> tuple[Task, Took, float]:
 
 class _Stopwatch(Events):
     """Times the steps of a training by the tokens in them, padding included."""
+
+    looks_on = True
 
     def __init__(self) -> None:
         self.marks: list[tuple[int, Took, int]] = []  # epoch, moment, tokens since the mark before
