@@ -176,7 +176,7 @@ class Doubling:
 
     now: Prediction  # of the fitted curve at the largest size
     then: Prediction
-    train_s: float  # of a run at the doubled size: a straight line through the runs' times
+    train_s: float  # of a run at the doubled size: a rising line through the times of the larger runs
     levels: Levels
 
     def describe(self, metric: str) -> str:
@@ -197,7 +197,8 @@ def next_doubling(points: Points) -> Doubling:
     """
     largest = max(points.sizes)
     now, then = predict(points.sizes, points.scores, at=[largest, 2 * largest])
-    slope, start = np.polyfit(points.sizes, points.train_s, 1)
+    recent = [(size, seconds) for size, seconds in zip(points.sizes, points.train_s, strict=True) if size >= largest / 4]  # the first runs warm up
+    (start, slope), _ = optimize.nnls([[1.0, size] for size, _ in recent], [seconds for _, seconds in recent])
     return Doubling(now, then, float(start + slope * 2 * largest), levels(points.sizes, points.scores))
 
 

@@ -83,3 +83,8 @@ def test_the_time_of_the_next_run_lies_on_a_line() -> None:
     doubled = curves.next_doubling(points)
     assert doubled.then.size == 1600 and doubled.train_s == pytest.approx(42.0)
     assert "doubled to 1,600 rows: accuracy" in doubled.describe("accuracy") and "about 42 s" in doubled.describe("accuracy")
+
+
+def test_a_slow_first_run_makes_no_later_one_take_less_than_nothing() -> None:
+    points = curves.Points([16, 32, 64, 128, 256, 512], [0.1, 0.2, 0.3, 0.35, 0.44, 0.6], [40.0, 5.0, 4.0, 4.5, 4.2, 4.7])
+    assert 4.2 <= curves.next_doubling(points).train_s < 8
