@@ -1,4 +1,4 @@
-"""The verbs, in the order of the walk: load, adapt, fit, shrink, measure, run, frontier, search, export. The first file to read.
+"""The verbs, in the order of the walk: load, adapt, fit, shrink, measure, run, frontier, learning_curve, search, export. The first file to read.
 
 load -> adapt -> fit -> shrink -> measure -> frontier -> report / predict / export
 """
@@ -29,7 +29,7 @@ from paretune.tasks import Task
 if TYPE_CHECKING:
     from paretune.searches.found import Found
 
-__all__ = ["adapt", "export", "fit", "frontier", "load", "measure", "processor", "read_run", "run", "search", "shrink"]
+__all__ = ["adapt", "export", "fit", "frontier", "learning_curve", "load", "measure", "processor", "read_run", "run", "search", "shrink"]
 
 # What a frontier runs when no recipe is named: from a trained head to full fine-tuning, with and without shrinking.
 # Recipes that begin alike share that work.

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from paretune.cli.flags import Data, Place, verb
-from paretune.cli.job import _check_names, _opened
+from paretune.cli.job import check_names, opened
 from paretune.cli.verbs import say
 from paretune.errors import BudgetError
 from paretune.meters import carbon
@@ -22,9 +22,9 @@ def plan(recipe: str, data: Data, *, place: Place, seed: int, price: str | None,
 
     Every phase is rehearsed on a few batches of its own, on this machine; nothing is written.
     """
-    _check_names([recipe])
+    check_names([recipe])
     factor = _price(price) if price else None
-    task = _opened(data, [recipe], compute, metering)
+    task = opened(data, [recipe], compute=compute, metering=metering)
     from paretune import flow, runs
     from paretune import plan as plans
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from paretune.cli.flags import Data, Place, command_line, verb
-from paretune.cli.job import _check_names, _opened
+from paretune.cli.job import check_names, opened
 from paretune.options import Compute, Metering, Options, Training
 
 
@@ -18,8 +18,8 @@ def learning_curve(recipe: str, data: Data, *, place: Place, seeds: int, trainin
 
     Writes learning_curve.png and learning_curve.json into the results folder; the runs are as `paretune run` makes them, without costs of inference.
     """
-    _check_names([recipe])
-    task = _opened(data, [recipe], compute, Metering())
+    check_names([recipe])
+    task = opened(data, [recipe], compute=compute, metering=Metering())
     from paretune import flow, learning_curves, store
     from paretune.cli import progress
     from paretune.reports import curve as picture

@@ -26,8 +26,8 @@ def run(recipe: str, data: Data, *, place: Place, seed: int, training: Training,
 
     The result is out/runs/<id>/: run.json with scores and costs, and the model in Hugging Face format.
     """
-    _check_names([recipe])
-    task = _opened(data, [recipe], compute, metering)
+    check_names([recipe])
+    task = opened(data, [recipe], compute=compute, metering=metering)
     from paretune import flow
     from paretune.cli import progress, show
 
@@ -45,14 +45,14 @@ def frontier(data: Data, search: Search, *, place: Place, budgets: Budgets, trai
 
     Writes frontier.png, frontier.html and runs.csv into the results folder, and prints the best recipe under each budget.
     """
-    _check_names(search.recipes)
+    check_names(search.recipes)
     budgets.check()
     training = dataclasses.replace(training, time_budget_s=search.time_budget_s)
-    task = _opened(data, search.recipes, compute, metering)
+    task = opened(data, search.recipes, compute=compute, metering=metering)
     from paretune import flow, store
     from paretune.cli import progress, show
 
-    metering, budgets = _with_power(metering, compute, budgets)
+    metering, budgets = with_power(metering, budgets, compute=compute)
     with progress.Progress() as report:
         options = Options(training, compute, metering, report)
         front = flow.frontier(
@@ -63,7 +63,7 @@ def frontier(data: Data, search: Search, *, place: Place, budgets: Budgets, trai
     show.front([store.Run.read(Path(place.out) / "runs" / record["id"]) for record in front.records], budgets, out=Path(place.out))
 
 
-def _check_names(recipes: Sequence[str]) -> None:
+def check_names(recipes: Sequence[str]) -> None:
     """Refuses the name of a method that is not in the catalogue, before torch is imported."""
     for recipe in recipes:
         bare = re.sub(r"\"[^\"]*\"|'[^']*'", "", recipe)
@@ -71,7 +71,7 @@ def _check_names(recipes: Sequence[str]) -> None:
             registry.describe(name)
 
 
-def _opened(data: Data, recipes: Sequence[str], compute: Compute, metering: Metering) -> Task:
+def opened(data: Data, recipes: Sequence[str], *, compute: Compute, metering: Metering) -> Task:
     """The task, after every check that needs no backbone."""
     from paretune.meters import energy
     from paretune.recipe import parse
@@ -88,7 +88,7 @@ def _opened(data: Data, recipes: Sequence[str], compute: Compute, metering: Mete
     return task
 
 
-def _with_power(metering: Metering, compute: Compute, budgets: Budgets) -> tuple[Metering, Budgets]:
+def with_power(metering: Metering, budgets: Budgets, *, compute: Compute) -> tuple[Metering, Budgets]:
     """Where nothing measures and no power is stated: an assumed one, and no rate, which would rest on its idle power."""
     from paretune.meters import energy
     from paretune.meters.meter import NoMeter

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from paretune.cli.flags import Budgets, Data, Place, command_line, verb
-from paretune.cli.job import ANSWERS, _opened, _with_power
+from paretune.cli.job import ANSWERS, opened, with_power
 from paretune.options import Compute, Metering, Options, Searching, Training
 from paretune.units import quantity
 from paretune.units import show as value
@@ -49,11 +49,11 @@ def search(
     spaces.read(asked.space)
     if asked.budget:
         aims.spendable(asked.budget)
-    task = _opened(data, [], compute, metering)
+    task = opened(data, [], compute=compute, metering=metering)
     from paretune import flow, store
     from paretune.cli import progress, show
 
-    metering, budgets = _with_power(metering, compute, budgets)
+    metering, budgets = with_power(metering, budgets, compute=compute)
     under = next(iter(budgets.under), None)
     with progress.Progress() as report:
         options = Options(training, compute, metering, report, searching)
