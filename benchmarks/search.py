@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,34 +21,92 @@ import numpy as np
 
 from benchmarks import cells, data
 from benchmarks.cells import Cell, Table
+from paretune import runs, store
+from paretune.options import Metering, Options, Training
 from paretune.pareto import dominance
-from paretune.pareto.ledger import SUMS
 from paretune.searches import halving
 from paretune.searches.aims import Aims
-from paretune.searches.bench import Outcome, Watch
+from paretune.searches.bench import Live, Outcome, Watch
 from paretune.searches.journal import Entry, Journal, Spent
 from paretune.searches.searcher import Effort, Searcher
 from paretune.searches.space import Space, read
-from paretune.searches.study import Study
+from paretune.searches.study import Study, sampler_for
+from paretune.store import Run
 
-TASK, TRAIN, VALIDATION, TEST, EPOCHS = "trec6", 192, 300, 100, 2.0
-SPACE = "lora(r={2, 8, 32}, targets={attention, linear}) | {none, merge | int8}"
-RUNGS = halving.rungs(TRAIN)  # 64, 192
-WORST = {"score": 0.5, "stored_mb": 100.0}  # the corner of the hypervolume: half right, and more bytes than the backbone has; stated before the first run
-SEEDS = 20
-AIMS = Aims("accuracy", ("stored_mb",), None, VALIDATION)
+LORA = "lora(r={8, 2, 32}, targets={linear, attention}) + schedule(lr={1e-3, 3e-4, 3e-3}) | {merge, merge | int8}"
+SIZES = "bottleneck={96, 12}"
+AUTOPEFT = (
+    f'{{none, adapter(form="pfeiffer", norms=False, {SIZES})}} + {{none, adapter(form="parallel", norms=False, {SIZES})}}'
+    " + {none, prefix(length=12)} + schedule(lr={1e-3, 3e-4})"
+)
+SPACE = f"{{none, keep_layers()}} | {{{LORA}, {AUTOPEFT}}}"
+EPOCHS, VALIDATION, TEST = 2.0, 500, 100
+COST = "energy_per_inference_j"
+METERING = Metering(power="idle=2W,busy=6W")
+SEEDS, SHOWN = 20, 100  # replays of each searcher; trials of random search that the others are held against
 FIGURE = cells.ROOT / "docs" / "search.png"
+Found = Callable[[str, int], dict[str, Any]]  # the figures of a recipe on so many rows
 
 
-def pool() -> Space:
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """A task, its training rows, and the corner of its hypervolumes, stated before the first run: a score and the joules of an inference, both worse than most."""
+
+    task: str
+    train: int
+    score: float
+    joules: float
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Training rows, fewest first."""
+        return halving.rungs(self.train)
+
+    def cell(self, recipe: str, rows: int) -> str:
+        """The name of a cell."""
+        return f"{self.task} {recipe} {rows}"
+
+
+POOLS = (Pool("trec6", 576, score=0.5, joules=0.1), Pool("sst2", 384, score=0.5, joules=0.15))
+
+
+def space() -> Space:
     """What is searched."""
     return read(SPACE)
 
 
-def measured(recipe: str, rows: int) -> dict[str, Any]:
-    """One cell: the recipe on so many rows, its phases alone."""
-    task = data.task(TASK, train=rows, validation=VALIDATION, test=TEST)
-    return data.figures(data.finished(recipe, task, out=_folder().name, epochs=EPOCHS), task)
+def every_cell() -> Iterator[Cell]:
+    """The whole pool."""
+    for pool in POOLS:
+        for recipe in space().every():
+            for rows in reversed(pool.rungs):
+                yield Cell(pool.cell(recipe, rows), functools.partial(measured, pool, recipe, rows))
+
+
+_trained = set[str]()  # ids of the phases that were made in this process
+_known = dict[str, dict[str, Any]]()  # by a model's structure, what its inference costs
+
+
+def measured(pool: Pool, recipe: str, rows: int) -> dict[str, Any]:
+    """One cell: the recipe on so many rows. CPU seconds: of each phase, of all else (opening, scoring, saving), and of measuring an inference."""
+    task = data.task(pool.task, train=pool.train, validation=VALIDATION, test=TEST)
+    bench = Live(task, backbone="minilm", out=Path(_folder().name), options=Options(Training(epochs=EPOCHS), metering=METERING), costs=())
+    outcome = bench.work(recipe, rows, seed=0, watch=lambda spent: None)
+    if outcome.state != "complete":
+        raise RuntimeError(f"{recipe}: {outcome.reason}")
+    fresh = sum(phase["train_cpu_s"] for phase in outcome.phases if phase["id"] not in _trained)
+    _trained.update(phase["id"] for phase in outcome.phases)
+    run = Run.read(bench.out / "runs" / outcome.run)
+    structure = store.structure(run.model)
+    if structure not in _known:
+        begun = time.process_time()
+        (run,) = runs.measure([run], task, options=bench.options, peaks=False)
+        figures = {name: run.record["cost"][name] for name in (COST, "latency_p50_ms", "throughput_per_s")}
+        _known[structure] = {**figures, "interval": run.record["cost"]["intervals"].get(COST), "measure_cpu_s": time.process_time() - begun}
+    phases = [{name: phase[name] for name in ("id", "train_cpu_s", "examples")} for phase in outcome.phases]
+    sizes = {name: run.record["cost"][name] for name in ("trainable_parameters", "stored_mb")}
+    other = (outcome.spent["train_cpu_s"] or 0.0) - fresh
+    return {"score": outcome.score, "structure": structure, **_known[structure], **sizes, "phases": phases, "other_cpu_s": other}
 
 
 @functools.cache
@@ -57,20 +115,18 @@ def _folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory()
 
 
-def every_cell() -> Iterator[Cell]:
-    """The whole pool, full rows first: they alone make a figure of random search and the grid."""
-    for rows in reversed(RUNGS):
-        for recipe in pool().every():
-            yield Cell(f"{recipe} {rows}", functools.partial(measured, recipe, rows))
-
-
 class Replay:
-    """A bench that answers from the pool; a phase that was paid for once is not paid again, as on a machine."""
+    """A bench that answers from the pool. What was paid for once is not paid again, as on a machine: a phase that recipes share, measuring models made alike.
+
+    Args:
+        found: the figures of a recipe on so many rows.
+        measures: does the searcher look at what an inference costs?
+    """
 
     measure_s = 0.0
 
-    def __init__(self, found: Callable[[str, int], dict[str, Any]]) -> None:
-        self.found, self.paid = found, set[str]()
+    def __init__(self, found: Found, *, measures: bool = True) -> None:
+        self.found, self.measures, self.paid = found, measures, set[str]()
 
     def key(self, recipe: str, rows: int) -> str:
         """The cell's name."""
@@ -80,15 +136,16 @@ class Replay:
         """Nothing: replays end by their trials."""
         return _seconds(0.0), lambda rows: _seconds(0.0)
 
-    def work(self, recipe: str, rows: int, *, seed: int, watch: Watch, like: Entry | None) -> Outcome:
+    def work(self, recipe: str, rows: int, *, seed: int, watch: Watch) -> Outcome:
         """The cell's figures, for the CPU time that they took when they were measured."""
         figures = self.found(recipe, rows)
-        fresh = [phase for phase in figures["phases"] if phase["id"] not in self.paid]
-        self.paid |= {phase["id"] for phase in fresh}
-        seconds = sum(phase["train_cpu_s"] for phase in fresh)
-        kept = [{name: phase.get(name) for name in ("id", "examples", *SUMS)} for phase in figures["phases"]]
-        cost = {"stored_mb": figures["stored_mb"], "reasons": {}, **_seconds(seconds)}
-        return Outcome("complete", _seconds(seconds), "", self.key(recipe, rows), "accuracy", figures["validation_score"], cost, kept)
+        prices = {phase["id"]: phase["train_cpu_s"] for phase in figures["phases"]}
+        if self.measures:
+            prices[figures["structure"]] = figures["measure_cpu_s"]
+        spent = figures["other_cpu_s"] + sum(price for name, price in prices.items() if name not in self.paid)
+        self.paid |= set(prices)
+        cost = {name: figures[name] for name in (COST, "stored_mb", "trainable_parameters")}
+        return Outcome("complete", _seconds(spent), "", self.key(recipe, rows), "accuracy", figures["score"], {"reasons": {}, **cost}, figures["phases"])
 
     def measure(self, ids: Sequence[str], *, watch: Watch) -> Spent:
         """Nothing is measured again."""
@@ -101,98 +158,138 @@ def _seconds(cpu: float) -> Spent:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A searcher: how it samples, and on which rungs."""
+    """A searcher: what it searches, how it samples, whether it begins on few rows, and what it sets the score against."""
 
     sampler: str
-    rungs: tuple[int, ...]
+    cheap_first: bool = False
+    space: str = SPACE
+    against: str = COST
+
+    def rungs(self, pool: Pool) -> tuple[int, ...]:
+        """The rows of its trials."""
+        return pool.rungs if self.cheap_first else pool.rungs[-1:]
 
 
-WAYS = {"paretune": Way("gp", RUNGS), "paretune, all rows": Way("gp", RUNGS[-1:]), "TPE, all rows": Way("tpe", RUNGS[-1:]), "random": Way("random", RUNGS[-1:])}
+WAYS = {
+    "paretune": Way(sampler_for(space(), SHOWN), cheap_first=True),
+    "paretune, all rows": Way(sampler_for(space(), SHOWN)),
+    "random, few rows first": Way("random", cheap_first=True),
+    "random": Way("random"),
+    "AutoPEFT's space and aim": Way("gp", space=AUTOPEFT, against="trainable_parameters"),
+}
+Curve = list[tuple[float, float]]  # (CPU seconds spent, hypervolume of what has seen all rows) after each trial
 
 
-def replayed(way: Way, found: Callable[[str, int], dict[str, Any]], *, seed: int) -> list[tuple[float, float]]:
-    """(CPU seconds spent, hypervolume of what has seen all rows) after each trial."""
+def replayed(way: Way, pool: Pool, found: Found, *, seed: int) -> Curve:
+    """One search, until the space is used up."""
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "trials.jsonl")
-        study = Study(None, better=AIMS.better, sampler=way.sampler, seed=seed)
-        effort = Effort({}, trials=int(pool().size), confirm=0, seed=seed)
-        Searcher(pool(), Replay(found), study=study, journal=journal, aims=AIMS, rungs=way.rungs, effort=effort).run()
-        return _curve(journal.entries())
+        searched, aims = read(way.space), Aims("accuracy", (way.against,), None, VALIDATION)
+        study = Study(None, better=aims.better, sampler=way.sampler, seed=seed)
+        effort = Effort({}, trials=len(searched.every()), confirm=0, seed=seed)
+        bench = Replay(found, measures=way.against == COST)
+        Searcher(searched, bench, study=study, journal=journal, aims=aims, rungs=way.rungs(pool), effort=effort).trials()
+        return curve(journal.entries(), pool)
 
 
-def grid(found: Callable[[str, int], dict[str, Any]]) -> list[tuple[float, float]]:
-    """The recipes in the order in which the space lists them, on all rows."""
+def grid(pool: Pool, found: Found) -> Curve:
+    """The recipes in the order in which the space lists them, a method's default first, on all rows."""
     bench, entries = Replay(found), []
-    for recipe in pool().every():
-        outcome = bench.work(recipe, RUNGS[-1], seed=0, watch=lambda spent: None, like=None)
-        entries.append(Entry("trial", recipe, RUNGS[-1], **{f.name: getattr(outcome, f.name) for f in dataclasses.fields(outcome)}))
-    return _curve(entries)
+    for recipe in space().every():
+        outcome = bench.work(recipe, pool.train, seed=0, watch=lambda spent: None)
+        entries.append(Entry("trial", recipe, pool.train, **{f.name: getattr(outcome, f.name) for f in dataclasses.fields(outcome)}))
+    return curve(entries, pool)
 
 
-def _curve(entries: Sequence[Entry]) -> list[tuple[float, float]]:
-    corner = np.array([-WORST["score"], WORST["stored_mb"]])
-    curve, spent, reached = [], 0.0, []
+def curve(entries: Sequence[Entry], pool: Pool) -> Curve:
+    """The hypervolume of score and joules, trial by trial."""
+    corner, aims = np.array([-pool.score, pool.joules]), Aims("accuracy", (COST,), None, VALIDATION)
+    found, spent, reached = [], 0.0, []
     for entry in entries:
         spent += entry.spent["train_cpu_s"] or 0.0
-        reached += [entry] if entry.rows == RUNGS[-1] else []
-        curve.append((spent, dominance.hypervolume(AIMS.losses(reached), corner) if reached else 0.0))
-    return curve
+        reached += [entry] if entry.rows == pool.train else []
+        found.append((spent, dominance.hypervolume(aims.losses(reached), corner) if reached else 0.0))
+    return found
 
 
-def cost_to(curve: Sequence[tuple[float, float]], volume: float) -> float | None:
+def cost_to(line: Curve, volume: float) -> float | None:
     """The CPU seconds after which a curve reaches a volume; None where it never does."""
-    return next((spent for spent, reached in curve if reached >= volume), None)
+    return next((spent for spent, reached in line if reached >= volume), None)
 
 
 def page(table: Table) -> str:
     """The page and its figure, from the cells; 'not run' where some are missing."""
-    missing = sum(table.found(cell.name) is None for cell in every_cell())
-    total = sum(1 for _ in every_cell())
-    head = f"# Searchers over a fixed pool\n\n{_about()}\n\n"
+    head = f"# Searchers over a fixed pool\n\n{_about()}\n"
+    missing = [cell.name for cell in every_cell() if table.found(cell.name) is None]
     if missing:
-        return f"{head}{missing} of {total} cells: {cells.NOT_RUN}.\n"
-    kept = {cell.name: table.found(cell.name) for cell in every_cell()}
-
-    def found(recipe: str, rows: int) -> dict[str, Any]:
-        return kept[f"{recipe} {rows}"]
-
-    curves = {name: [replayed(way, found, seed=seed) for seed in range(SEEDS)] for name, way in WAYS.items()} | {"grid": [grid(found)]}
+        return f"{head}\n{len(missing)} of {sum(1 for _ in every_cell())} cells: {cells.NOT_RUN}.\n"
+    curves = {pool.task: _curves(pool, kept(table, pool)) for pool in POOLS}
     _draw(curves)
-    whole = curves["random"][0][-1][1]
+    parts = [f"## {pool.task}\n\n{_table(pool, curves[pool.task])}" for pool in POOLS]
+    return "\n\n".join([head.strip(), "![hypervolume over CPU seconds](search.png)", *parts, "Made by `python -m benchmarks.search --table` from `benchmarks/results/search/`."]) + "\n"
+
+
+def kept(table: Table, pool: Pool) -> Found:
+    """The figures of a pool. Of models made alike the first measured one's costs count for all, as in a search."""
+    known: dict[str, dict[str, Any]] = {}
+    costs: dict[str, dict[str, Any]] = {}
+    for recipe in space().every():
+        for rows in reversed(pool.rungs):
+            figures = table.found(pool.cell(recipe, rows))
+            assert figures is not None, pool.cell(recipe, rows)
+            shared = costs.setdefault(figures["structure"], {name: figures[name] for name in (COST, "measure_cpu_s")})
+            known[pool.cell(recipe, rows)] = {**figures, **shared}
+    return lambda recipe, rows: known[pool.cell(recipe, rows)]
+
+
+def _curves(pool: Pool, found: Found) -> dict[str, list[Curve]]:
+    return {"grid": [grid(pool, found)], **{name: [replayed(way, pool, found, seed=seed) for seed in range(SEEDS)] for name, way in WAYS.items()}}
+
+
+def _table(pool: Pool, curves: dict[str, list[Curve]]) -> str:
+    ends = [line[min(SHOWN, len(line)) - 1] for line in curves["random"]]
+    cost, volume = (statistics.median(end[k] for end in ends) for k in (0, 1))
     rows = []
     for name, lines in curves.items():
-        shares = [[cost_to(line, share * whole) for line in lines] for share in (0.9, 0.99, 1.0)]
-        rows.append([name, *(f"{statistics.median(known):,.0f}" if len(known := [c for c in costs if c is not None]) > len(costs) / 2 else "-" for costs in shares),
-                     f"{statistics.mean(line[-1][1] for line in lines):.2f}", f"{statistics.mean(line[-1][0] for line in lines):,.0f}"])  # fmt: skip
-    shown = cells.markdown(["searcher", "CPU s to 90 % of the pool's volume", "to 99 %", "to all of it", "volume at its end", "CPU s in all"], rows)
-    return f"{head}{shown}\n\n![hypervolume over CPU seconds](search.png)\n\nMade by `python -m benchmarks.search` from `benchmarks/results/search/`.\n"
-
-
-def _about() -> str:
+        cells_ = []
+        for share in (0.9, 0.95, 1.0):
+            costs = sorted(c if (c := cost_to(line, share * volume)) is not None else float("inf") for line in lines)
+            middle = statistics.median(costs)
+            cells_.append(f"{middle:,.0f} ({middle / cost:.0%})" if np.isfinite(middle) else "-")
+        rows.append([name, *cells_, f"{statistics.median(line[-1][1] for line in lines) / volume:.1%}", f"{statistics.median(line[-1][0] for line in lines):,.0f}"])
+    head = ["searcher", "CPU s to 90 % of it", "to 95 %", "to all of it", "its own end", "CPU s to its end"]
     return (
-        f"The pool: the {pool().size:.0f} recipes of\n\n    {SPACE}\n\non {TASK} with "
-        f"{', '.join(map(str, RUNGS[:-1]))} and {RUNGS[-1]} training rows, {EPOCHS:g} epochs, minilm, each measured once. "
-        f"A replay pays the CPU seconds that a training took when it was measured, a shared phase once. Hypervolume of validation accuracy "
-        f"and stored MB up to the corner {json.dumps(WORST)}, of recipes that have seen all rows. "
-        f"Medians over {SEEDS} seeds, of those that get there, where more than half do."
+        f"Random search has spent {cost:,.0f} CPU s after {SHOWN} trials (medians of {SEEDS}) and has then a hypervolume of {volume:.4f}.\n\n{cells.markdown(head, rows)}"
     )
 
 
-def _draw(curves: dict[str, list[list[tuple[float, float]]]]) -> None:
+def _about() -> str:
+    corners = "; ".join(f"{pool.task} {pool.score:g} and {pool.joules:g} J" for pool in POOLS)
+    sizes = "; ".join(f"{pool.task} {', '.join(map(str, pool.rungs))}" for pool in POOLS)
+    return (
+        f"The pool: the {len(space().every())} recipes of\n\n    {SPACE}\n\non minilm, {EPOCHS:g} epochs (training rows: {sizes}), each trained once on one thread "
+        f"and scored on {VALIDATION} validation rows; models that are made alike were measured once. Joules are estimates from CPU time at a stated power ({METERING.power}). "
+        f"A replay pays the CPU seconds that its trials took when they were measured: what recipes share once, training, opening, scoring, and measuring inference where the searcher looks at it. "
+        f"The hypervolume is that of validation accuracy and joules of an inference, of recipes that have seen all rows, up to a corner stated before the first run ({corners}). "
+        f"Medians over {SEEDS} seeds."
+    )
+
+
+def _draw(curves: dict[str, dict[str, list[Curve]]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    end = max(line[-1][0] for lines in curves.values() for line in lines)
-    at = np.linspace(0, end, 400)
-    for name, lines in curves.items():
-        volumes = np.array([[max((v for s, v in line if s <= t), default=0.0) for t in at] for line in lines])
-        axes.plot(at, np.median(volumes, axis=0), label=name)
-        axes.fill_between(at, *np.quantile(volumes, [0.1, 0.9], axis=0), alpha=0.15)
-    axes.set(xlabel="CPU seconds spent", ylabel="hypervolume (accuracy x MB)")
-    axes.legend()
+    figure, all_axes = pyplot.subplots(1, len(curves), figsize=(6 * len(curves), 4.2), squeeze=False)
+    for axes, (task, found) in zip(all_axes[0], curves.items(), strict=True):
+        at = np.linspace(0, max(line[-1][0] for line in found["random"]), 400)
+        for name, lines in found.items():
+            volumes = np.array([[max((v for s, v in line if s <= t), default=0.0) for t in at] for line in lines])
+            axes.plot(at, np.median(volumes, axis=0), label=name)
+            axes.fill_between(at, *np.quantile(volumes, [0.1, 0.9], axis=0), alpha=0.15)
+        axes.set(title=task, xlabel="CPU seconds spent", ylabel="hypervolume (accuracy x joules per inference)")
+        axes.legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(FIGURE, dpi=110)
     pyplot.close(figure)

@@ -17,7 +17,7 @@ from paretune.errors import StoreError
 from paretune.inference import Bench
 from paretune.meters import system
 from paretune.meters.cost import MEASURED, Cost, unmeasured
-from paretune.meters.reading import Reading
+from paretune.meters.reading import Reading, missing
 from paretune.options import Options
 from paretune.pareto import intervals
 from paretune.phases import Plan
@@ -25,6 +25,7 @@ from paretune.reports import card
 from paretune.store import Run
 
 PENDING = "inference is not measured yet"
+NO_PEAKS = "it takes a fresh process, which a trial has only where a limit asks for it; `paretune measure` measures it"
 
 
 def folder_of(plan: Plan) -> Path:
@@ -99,10 +100,13 @@ def _training_cost(records: list[dict[str, Any]], stored: float) -> Cost:
     )
 
 
-def measure(runs: Sequence[Run], task: Any, *, options: Options, progress: Callable[[str, int, int], None] | None = None) -> list[Run]:
+def measure(runs: Sequence[Run], task: Any, *, options: Options, peaks: bool = True, progress: Callable[[str, int, int], None] | None = None) -> list[Run]:
     """Measures the inference of runs, interleaved, and writes it into their run.json. Runs of one recipe share one measurement.
 
     Of several processes the first one measures, while the others wait.
+
+    Args:
+        peaks: their peak memory, too, each in a fresh process.
     """
     if not together.first():
         together.wait()
@@ -111,18 +115,23 @@ def measure(runs: Sequence[Run], task: Any, *, options: Options, progress: Calla
     benches = {recipe: Bench(_open(run, task, options), task) for recipe, run in first.items()}
     found = inference.measured(benches, options.metering, progress=progress)
     benches.clear()
-    if progress:
-        progress("memory", 0, len(first))
-    peaks = inference.peak_memory([run.folder for run in first.values()])
-    if progress:
-        progress("memory", len(first), len(first))
-    for recipe, peak in zip(first, peaks, strict=True):
-        if peak.value is None and options.report:
-            options.report({"said": f"warning: {recipe}: {peak.reason}"})
+    for recipe, peak in zip(first, _peaks(list(first.values()), options, progress) if peaks else [missing("MB", NO_PEAKS)] * len(first), strict=True):
         found[recipe]["readings"]["peak_memory_mb"] = peak
     measured = [_measured(run, found[run.recipe], first[run.recipe].id) for run in runs]
     together.wait()
     return measured
+
+
+def _peaks(runs: Sequence[Run], options: Options, progress: Callable[[str, int, int], None] | None) -> list[Reading]:
+    if progress:
+        progress("memory", 0, len(runs))
+    found = inference.peak_memory([run.folder for run in runs])
+    if progress:
+        progress("memory", len(runs), len(runs))
+    for run, peak in zip(runs, found, strict=True):
+        if peak.value is None and options.report:
+            options.report({"said": f"warning: {run.recipe}: {peak.reason}"})
+    return found
 
 
 def _open(run: Run, task: Any, options: Options) -> Any:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from paretune.errors import StoreError, did_you_mean
 from paretune.meters.cost import Cost
@@ -164,6 +164,20 @@ def stored_mb(folder: Path) -> float:
     """Megabytes (10^6 bytes) of all files that a process opens to use the model in a folder."""
     opened = [p for p in folder.iterdir() if p.is_file() and p.name != "README.md"]
     return sum(p.stat().st_size for p in opened) / 1e6
+
+
+def structure(folder: Path) -> str:
+    """A name of 16 hexadecimal digits for what a saved model is made of (names, shapes and numeric formats of its tensors, and its other files), whatever
+    its weights say. Two models of one structure do the same work for an example."""
+    parts = {}
+    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.name != "README.md"):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="np") as tensors:
+                slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+                parts[file.name] = [tensors.metadata(), {name: [part.get_dtype(), part.get_shape()] for name, part in slices.items()}]
+        else:
+            parts[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return identity(parts)
 
 
 def share(source: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from paretune.recipe import parse
 from paretune.searches.aims import Aims
 from paretune.searches.bench import Cut, Outcome, Watch
-from paretune.searches.journal import Entry, Journal, Spent
+from paretune.searches.journal import Journal, Spent
 from paretune.searches.searcher import Effort, Searcher
 from paretune.searches.space import read
 from paretune.searches.study import Study
@@ -58,7 +58,7 @@ class Pool:
     def timing(self, recipe: str) -> tuple[Spent, Callable[[int], Spent]]:
         return spent(1.5), lambda rows: spent(FIXED_S + rows * per_row_s(recipe))
 
-    def work(self, recipe: str, rows: int, *, seed: int, watch: Watch, like: Entry | None) -> Outcome:
+    def work(self, recipe: str, rows: int, *, seed: int, watch: Watch) -> Outcome:
         self.told.append((recipe, rows, seed))
         if len(self.told) > self.after:
             raise KeyboardInterrupt

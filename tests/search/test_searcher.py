@@ -174,9 +174,9 @@ def test_workers_share_budget_and_trials_and_one_is_killed(tmp_path, kind, reque
     class Slow(Pool):
         """As long at it that others come in between."""
 
-        def work(self, recipe, rows, *, seed, watch, like):
+        def work(self, recipe, rows, *, seed, watch):
             time.sleep(0.03)
-            return super().work(recipe, rows, seed=seed, watch=watch, like=like)
+            return super().work(recipe, rows, seed=seed, watch=watch)
 
     def one(k: int) -> None:
         bench = Slow(slow=lambda recipe: 3.0 if "ffn" in recipe else 1.0)

@@ -17,7 +17,7 @@ from paretune.pareto.ledger import SUMS
 from paretune.phases import Plan
 from paretune.planning import allotment
 from paretune.searches import journal
-from paretune.searches.journal import Entry, Spent
+from paretune.searches.journal import Spent
 from paretune.store import Run
 from paretune.tasks import Task
 
@@ -62,8 +62,8 @@ class Bench(Protocol):
     def timing(self, recipe: str) -> tuple[Spent, Callable[[int], Spent]]:
         """What timing a recipe on a few batches spent, and its forecast for a number of rows."""
 
-    def work(self, recipe: str, rows: int, *, seed: int, watch: Watch, like: Entry | None) -> Outcome:
-        """Trains, shrinks, scores, measures. `watch` is told what was spent, and may raise Cut; `like` is a trial of the recipe whose measuring counts here."""
+    def work(self, recipe: str, rows: int, *, seed: int, watch: Watch) -> Outcome:
+        """Trains, shrinks, scores, measures. `watch` is told what was spent, and may raise Cut."""
 
     def measure(self, ids: Sequence[str], *, watch: Watch) -> Spent:
         """Measures finished runs together, interleaved."""
@@ -73,15 +73,17 @@ class Live:
     """This machine.
 
     Args:
-        measured: must the inference of every trial be measured, or are the costs known that matter?
+        costs: what the search looks at; where all of it is known without, the inference of trials is not measured.
     """
 
-    def __init__(self, task: Task, *, backbone: str, out: Path, options: Options, measured: bool) -> None:
-        self.task, self.backbone, self.out, self.options, self.measured = task, backbone, out, options, measured
+    def __init__(self, task: Task, *, backbone: str, out: Path, options: Options, costs: Sequence[str]) -> None:
+        self.task, self.backbone, self.out, self.options, self.costs = task, backbone, out, options, costs
+        self.measured = not set(costs) <= set(TRAINED)
         metering = options.metering
         window_s = PROTOCOLS[metering.protocol].window_s
         self.meter = energy.find(metering.power, metering.profile, device=options.compute.device, window_s=window_s)
-        self.measure_s = 0.0 if measured else MEASURE_S
+        self.measure_s = 0.0 if self.measured else MEASURE_S
+        self._like: dict[str, str] = {}  # a measured run of each structure; filled when it is first asked
         self._mark = self.meter.now()  # until when all that was spent is told; a trial is charged what led to it, too
 
     def key(self, recipe: str, rows: int) -> str:
@@ -100,7 +102,7 @@ class Live:
 
         return spent, forecast
 
-    def work(self, recipe: str, rows: int, *, seed: int, watch: Watch, like: Entry | None) -> Outcome:
+    def work(self, recipe: str, rows: int, *, seed: int, watch: Watch) -> Outcome:
         """A run in the results folder, as `run` makes it."""
         text, plan = self._plan(recipe, rows, seed)
         plan = dataclasses.replace(plan, options=self._watched(watch))
@@ -108,10 +110,8 @@ class Live:
             watch(self._since())
             made = runs.make(plan, text)
             watch(self._since())
-            if like is not None and (self.out / "runs" / like.run).is_dir():  # it may be another machine's
-                made = _measured_as(made, Run.read(self.out / "runs" / like.run))
-            elif self.measured and not runs.is_measured(made):
-                (made,) = self._measure([made], plan.task, plan.options)
+            if self.measured and not runs.is_measured(made):
+                made = self._measured(made, plan)
         except Cut as cut:
             return Outcome("cut", self._told(), str(cut), phases=_done(plan))
         except StoreError:
@@ -128,9 +128,21 @@ class Live:
         self._measure([Run.read(self.out / "runs" / id) for id in ids], self.task, self._watched(watch))
         return self._told()
 
-    def _measure(self, made: list[Run], task: Task, options: Options) -> list[Run]:
+    def _measured(self, made: Run, plan: Plan) -> Run:
+        """The run with its costs: those of a measured run that is made alike, where there is one here; a model's work does not depend on what it learned."""
+        if not self._like:
+            known = [run for run in store.finished(self.out) if runs.is_measured(run)]
+            self._like = {store.structure(run.model): run.id for run in known}
+        structure = store.structure(made.model)
+        if structure in self._like:
+            return _measured_as(made, Run.read(self.out / "runs" / self._like[structure]))
+        (made,) = self._measure([made], plan.task, plan.options, peaks="peak_memory_mb" in self.costs)
+        self._like[structure] = made.id
+        return made
+
+    def _measure(self, made: list[Run], task: Task, options: Options, *, peaks: bool = True) -> list[Run]:
         report = options.report or (lambda info: None)
-        return runs.measure(made, task, options=options, progress=lambda what, i, n: report({"measuring": what, "done": i, "of": n}))
+        return runs.measure(made, task, options=options, peaks=peaks, progress=lambda what, i, n: report({"measuring": what, "done": i, "of": n}))
 
     def _plan(self, recipe: str, rows: int, seed: int) -> tuple[str, Plan]:
         training = dataclasses.replace(self.options.training, max_train=rows, time_budget_s=None)
@@ -167,7 +179,7 @@ def _done(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _measured_as(made: Run, other: Run) -> Run:
-    """The run with what was measured of the inference of another run of its recipe: rows and seeds do not change its cost."""
+    """The run with what was measured of the inference of another one that is made alike."""
     shared = [name for name in MEASURED if name not in TRAINED]
     own, theirs = made.record["cost"], other.record["cost"]
     cost = {**own, **{name: theirs[name] for name in shared}, "meter": theirs["meter"], "protocol": theirs["protocol"]}

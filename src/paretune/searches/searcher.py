@@ -155,7 +155,7 @@ class Searcher:
         """Trains the chosen with fresh seeds: what was chosen for its score had luck in that score."""
         for k, entry in enumerate(self.aims.front(self._done(self.rungs[-1]))[:CHOSEN], start=1):
             for seed in range(self.effort.seed + 1, self.effort.seed + 1 + self.effort.confirm):
-                self._do(Task("confirm", entry.recipe, self.rungs[-1], seed), keep=self._measuring(k), like=entry)
+                self._do(Task("confirm", entry.recipe, self.rungs[-1], seed), keep=self._measuring(k))
 
     def _measure(self) -> None:
         """Measures what was trained again together; where that cannot be paid, the best of it."""
@@ -212,10 +212,9 @@ class Searcher:
         return found is not None
 
     def _try(self, proposal: Proposal, rows: int) -> bool:
-        like = next((e for e in self._done() if e.recipe == proposal.recipe), None)
         params = {name: value for name, value in proposal.params.items() if name != ROWS}
         task = Task("trial", proposal.recipe, rows, self.effort.seed, params, self.bench.key(proposal.recipe, rows))
-        done = self._do(task, keep=self._kept(proposal.recipe, rows), like=like)
+        done = self._do(task, keep=self._kept(proposal.recipe, rows))
         if done is None:
             self.study.fail(proposal.number)
             return False
@@ -230,13 +229,13 @@ class Searcher:
         else:
             self.study.fail(proposal.number)
 
-    def _do(self, task: Task, *, keep: Spent, like: Entry | None) -> Entry | None:
+    def _do(self, task: Task, *, keep: Spent) -> Entry | None:
         """One trial from its beginning to its end; None where what it may take is not left."""
         with self._at_work(task, self._forecast().of(task.recipe, task.rows), keep=keep) as begun:
             if begun is None:
                 return None
             entry, watch = begun
-            outcome = self.bench.work(task.recipe, task.rows, seed=task.seed, watch=watch, like=like)
+            outcome = self.bench.work(task.recipe, task.rows, seed=task.seed, watch=watch)
             return self.journal.end(dataclasses.replace(entry, **{f.name: getattr(outcome, f.name) for f in dataclasses.fields(outcome)}))
 
     # --- what may be spent ------------------------------------------------------------------------------------------------------

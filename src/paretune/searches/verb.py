@@ -15,7 +15,7 @@ from paretune.pareto import budgets
 from paretune.searches import aims as aiming
 from paretune.searches import halving, journal, on_ray, space, spec, transfer
 from paretune.searches.aims import Aims
-from paretune.searches.bench import TRAINED, Live
+from paretune.searches.bench import Live
 from paretune.searches.found import Found
 from paretune.searches.journal import Entry, Journal
 from paretune.searches.searcher import Effort, Searcher
@@ -105,7 +105,7 @@ def _searcher(wanted: Spec, task: Task, *, out: Path, url: str, options: Options
         account = Journal(TableLines(url, study=name))
     else:
         account = Journal(Path(wanted.account))
-    bench = Live(task, backbone=wanted.backbone, out=out, options=options, measured=not set(found.costs) <= set(TRAINED))
+    bench = Live(task, backbone=wanted.backbone, out=out, options=options, costs=found.costs)
     return Searcher(drawn, bench, study=study, journal=account, aims=found, rungs=halving.rungs(len(task.train)), effort=effort)
 
 
