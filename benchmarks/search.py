@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import cells, data
 from benchmarks.cells import Cell, Table
 from paretune import runs, store
-from paretune.options import Metering, Options, Training
+from paretune.options import Metering, Options
 from paretune.pareto import dominance
 from paretune.searches import halving
 from paretune.searches.aims import Aims
@@ -30,7 +30,7 @@ from paretune.searches.bench import Live, Outcome, Watch
 from paretune.searches.journal import Entry, Journal, Spent
 from paretune.searches.searcher import Effort, Searcher
 from paretune.searches.space import Space, read
-from paretune.searches.study import Study, sampler_for
+from paretune.searches.study import Study
 from paretune.store import Run
 
 LORA = "lora(r={8, 2, 32}, targets={linear, attention}) + schedule(lr={1e-3, 3e-4, 3e-3}) | {merge, merge | int8}"
@@ -40,7 +40,7 @@ AUTOPEFT = (
     " + {none, prefix(length=12)} + schedule(lr={1e-3, 3e-4})"
 )
 SPACE = f"{{none, keep_layers()}} | {{{LORA}, {AUTOPEFT}}}"
-EPOCHS, VALIDATION, TEST = 2.0, 500, 100
+EPOCHS, BATCH, VALIDATION, TEST = 3.0, 32, 500, 100  # the schedule's own epochs and batch
 COST = "energy_per_inference_j"
 METERING = Metering(power="idle=2W,busy=6W")
 SEEDS, SHOWN = 20, 100  # replays of each searcher; trials of random search that the others are held against
@@ -60,7 +60,7 @@ class Pool:
     @property
     def rungs(self) -> tuple[int, ...]:
         """Training rows, fewest first."""
-        return halving.rungs(self.train)
+        return halving.rungs(self.train, epochs=EPOCHS, batch=BATCH)
 
     def cell(self, recipe: str, rows: int) -> str:
         """The name of a cell."""
@@ -90,7 +90,7 @@ _known = dict[str, dict[str, Any]]()  # by a model's structure, what its inferen
 def measured(pool: Pool, recipe: str, rows: int) -> dict[str, Any]:
     """One cell: the recipe on so many rows. CPU seconds: of each phase, of all else (opening, scoring, saving), and of measuring an inference."""
     task = data.task(pool.task, train=pool.train, validation=VALIDATION, test=TEST)
-    bench = Live(task, backbone="minilm", out=Path(_folder().name), options=Options(Training(epochs=EPOCHS), metering=METERING), costs=())
+    bench = Live(task, backbone="minilm", out=Path(_folder().name), options=Options(metering=METERING), costs=())
     outcome = bench.work(recipe, rows, seed=0, watch=lambda spent: None)
     if outcome.state != "complete":
         raise RuntimeError(f"{recipe}: {outcome.reason}")
@@ -171,8 +171,8 @@ class Way:
 
 
 WAYS = {
-    "paretune": Way(sampler_for(space(), SHOWN), cheap_first=True),
-    "paretune, all rows": Way(sampler_for(space(), SHOWN)),
+    "paretune": Way("auto", cheap_first=True),
+    "paretune, all rows": Way("auto"),
     "random, few rows first": Way("random", cheap_first=True),
     "random": Way("random"),
     "AutoPEFT's space and aim": Way("gp", space=AUTOPEFT, against="trainable_parameters"),

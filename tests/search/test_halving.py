@@ -13,9 +13,10 @@ from paretune.searches.journal import Entry
 
 
 def test_rungs_divide_by_three_and_stay_above_the_least():
-    assert halving.rungs(9000) == (1000, 3000, 9000)
-    assert halving.rungs(300) == (100, 300)
-    assert halving.rungs(100) == (100,)
+    assert halving.rungs(9000, epochs=3, batch=32) == (1000, 3000, 9000)
+    assert halving.rungs(300, epochs=3, batch=32) == (100, 300)
+    assert halving.rungs(300, epochs=1, batch=32) == (300,)  # 100 rows would make three steps
+    assert halving.rungs(100, epochs=3, batch=1) == (100,)
 
 
 def test_the_order_is_by_limits_then_fronts_then_score():

@@ -22,6 +22,7 @@ from paretune.options import Metering, Options, Searching, Training
 from paretune.pareto import ledger
 from paretune.planning import allotment
 from paretune.searches import halving
+from paretune.searches.bench import Live
 from paretune.searches.found import Found
 from paretune.searches.journal import Journal, total
 
@@ -113,6 +114,23 @@ def test_the_choice_is_among_what_was_confirmed_with_fresh_seeds_and_measured(se
     assert all(len(pt.read_run(found.out / "runs" / e.run).record["phases"]) for e in found.entries if e.run)
     other = found.front.run(found.front.all[-1])
     assert found.break_even(other).value is None or found.break_even(other).value > 0
+
+
+def test_models_that_are_made_alike_are_measured_once(place, tmp_path):
+    def tried(recipe, rows):
+        bench = Live(task(place), backbone=str(place / "bert"), out=tmp_path, options=options(), costs=("latency_p50_ms",))
+        outcome = bench.work(recipe, rows, seed=0, watch=lambda spent: None)
+        assert outcome.state == "complete", outcome.reason
+        return pt.read_run(tmp_path / "runs" / outcome.run)
+
+    first, *alike = [tried(*asked) for asked in (("lora(r=1) | merge", 30), ("lora(r=2) + schedule(lr=0.01) | merge", 30), ("lora(r=1) | merge", 60))]
+    assert {run.record["cost_measured_on"] for run in (first, *alike)} == {first.id}
+    assert {run.cost.latency_p50_ms for run in (first, *alike)} == {first.cost.latency_p50_ms} and first.cost.latency_p50_ms > 0
+    assert len({run.cost.train_cpu_s for run in (first, *alike)}) == 3  # what training cost is each one's own
+    assert "fresh process" in first.cost.reasons["peak_memory_mb"]
+    for recipe in ("lora(r=1)", "lora(r=2)", "lora(r=1) | merge | int8"):
+        other = tried(recipe, 30)
+        assert other.record["cost_measured_on"] == other.id
 
 
 def test_a_finished_search_is_read_again_without_a_trial(searched, place):

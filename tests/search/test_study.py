@@ -13,7 +13,7 @@ import pytest
 from paretune.errors import Incompatible, StoreError
 from paretune.searches import study as studies
 from paretune.searches.space import read
-from paretune.searches.study import Study, sampler_for
+from paretune.searches.study import Study
 
 SPACE = read("lora(r=[1..64 log], targets={attention, ffn})")
 
@@ -96,15 +96,21 @@ def test_limits_are_what_the_sampler_is_told(tmp_path):
     assert trial.system_attrs == {"constraints:stored_mb": 0.25, "constraints:latency_p50_ms": 0.0}
 
 
-def test_the_gaussian_process_is_for_few_trials_in_a_flat_space():
-    assert sampler_for(SPACE, 40) == "gp"
-    assert sampler_for(SPACE, 1000) == sampler_for(SPACE, None) == sampler_for(read("{lora(r=[1..4]), full}"), 40) == "tpe"
+def test_a_gaussian_process_proposes_until_there_are_many_answers(monkeypatch):
+    monkeypatch.setattr(studies, "STARTUP", 2), monkeypatch.setattr(studies, "MOST_GP", 4)
+    made = {"gp": 0, "tpe": 0}
 
+    def counted(kind, sampler):
+        def make(*args, **kwargs):
+            made[kind] += 1
+            return sampler(*args, **kwargs)
 
-def test_the_gaussian_process_proposes(monkeypatch):
-    monkeypatch.setattr(studies, "STARTUP", 2)
-    study = Study(None, better=["higher", "lower"], sampler="gp")
-    assert len(answered(study, 3)) == 3  # one of them by the model
+        return make
+
+    study = Study(None, better=["higher", "lower"])
+    monkeypatch.setattr(study.optuna.samplers, "GPSampler", counted("gp", study.optuna.samplers.GPSampler))
+    monkeypatch.setattr(study.optuna.samplers, "TPESampler", counted("tpe", study.optuna.samplers.TPESampler))
+    assert len(answered(study, 6)) == 6 and made == {"gp": 4, "tpe": 2}
 
 
 def test_what_would_not_survive_a_kill_is_refused(tmp_path):

@@ -16,12 +16,13 @@ from paretune.pareto import dominance
 ETA = 3  # each rung has so many times the rows of the one below
 RUNGS = 3  # at most
 LEAST = 64  # training rows of the lowest rung, at least: fewer say nothing
+STEPS = 8  # optimizer steps that they make, at least: after fewer a model guesses yet
 
 
-def rungs(rows: int) -> tuple[int, ...]:
+def rungs(rows: int, *, epochs: float, batch: int) -> tuple[int, ...]:
     """Training rows of each rung, fewest first; the last has all."""
     found = [rows]
-    while len(found) < RUNGS and found[0] // ETA >= LEAST:
+    while len(found) < RUNGS and found[0] // ETA >= max(LEAST, STEPS * batch / epochs):
         found.insert(0, found[0] // ETA)
     return tuple(found)
 

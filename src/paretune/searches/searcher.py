@@ -184,6 +184,7 @@ class Searcher:
         def draw(suggest: Suggest) -> str:
             if several:
                 suggest.suggest_int(ROWS, low=self.rungs[0], high=self.rungs[-1], log=True)
+            self.space.fill(suggest)
             return self.space.draw(suggest)
 
         try:

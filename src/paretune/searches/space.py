@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from paretune import registry
 from paretune.errors import Incompatible, RecipeError
 from paretune.recipe import parse
-from paretune.searches.holes import MARK, NONE, Choice, Each, Parts, Range, Suggest, listed
+from paretune.searches.holes import MARK, NONE, Choice, Each, Parts, Range, Suggest, listed, switch
 
 _SIZES = "{1, 3, 6, 12, 24, 48, 96, 192, 384, 768}"
 NAMED = {
@@ -44,19 +44,18 @@ class Space:
         """How many recipes, counting those twice that two draws spell; infinite where a range is not of whole numbers."""
         return self.parts.size
 
-    @property
-    def flat(self) -> bool:
-        """Is every hole there in every draw?"""
-        return not any(parts.holes for hole in self.parts.holes if isinstance(hole, Choice) for parts in hole.options.values())
-
     def draw(self, suggest: Suggest) -> str:
         """The text of a recipe.
 
         Raises:
             Incompatible: where every part of it is left out.
         """
-        on = functools.cache(lambda name, k: bool(suggest.suggest_int(f"{name}.{k}", low=0, high=1)))
+        on = functools.cache(functools.partial(switch, suggest))
         return _without_nones(_switched(self.parts.draw(suggest), on))
+
+    def fill(self, suggest: Suggest) -> None:
+        """Asks for the values of all holes, of those too that the draw left out: a model of the answers is made over values that every draw has."""
+        self.parts.fill(suggest)
 
     def every(self) -> list[str]:
         """Every recipe of a finite space that composes, each once."""

@@ -19,10 +19,9 @@ from typing import Any
 from paretune.errors import StoreError, all_of
 from paretune.searches import journal
 from paretune.searches.holes import Suggest
-from paretune.searches.space import Space
 
 STARTUP = 10  # proposals at random before a model is made of the answers
-MOST_GP = 200  # beyond, a Gaussian process takes longer than it gains
+MOST_GP = 200  # proposals; beyond, a Gaussian process takes longer than it gains
 SPEC = "search"  # the study's attribute that says what the search is
 NEW_S = 60.0  # a proposal without an owner is this old at most; older ones were left by a killed process
 
@@ -42,14 +41,14 @@ class Study:
     Args:
         url: `sqlite:///...` or `postgresql://...`; None keeps it in this process, for replays.
         better: of each answered value, "lower" or "higher".
-        sampler: "gp", "tpe" or "random"; see `sampler_for`.
+        sampler: "gp" (a Gaussian process), "tpe" (a tree-structured Parzen estimator), "random", or "auto": the first for so long as answers are few.
         seed: the same seed and the same answers give the same proposals.
 
     Raises:
         StoreError: where Optuna is not installed, or the storage cannot be opened.
     """
 
-    def __init__(self, url: str | None, *, name: str = "search", better: Sequence[str], sampler: str, seed: int = 0) -> None:
+    def __init__(self, url: str | None, *, name: str = "search", better: Sequence[str], sampler: str = "auto", seed: int = 0) -> None:
         self.optuna, self.name, self.sampler, self.seed = _optuna(), name, sampler, seed
         directions = ["maximize" if way == "higher" else "minimize" for way in better]
         if url is not None:
@@ -124,9 +123,10 @@ class Study:
         proposed = len(self.study.get_trials(deepcopy=False)) - killed  # those of other processes at work too, so that no two draw alike
         seed = int(hashlib.sha256(f"{self.seed} {proposed}".encode()).hexdigest()[:8], 16)
         samplers = self.optuna.samplers
-        if self.sampler == "gp":
+        kind = ("gp" if proposed < MOST_GP else "tpe") if self.sampler == "auto" else self.sampler
+        if kind == "gp":
             return samplers.GPSampler(seed=seed, n_startup_trials=STARTUP, warn_independent_sampling=False)
-        if self.sampler == "tpe":
+        if kind == "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True, group=True, warn_independent_sampling=False)
         return samplers.RandomSampler(seed=seed)
 
@@ -197,11 +197,6 @@ def the_only(url: str, name: str | None) -> dict[str, Any]:
 def _refuse_unkept(url: str) -> None:
     if not url.startswith(("sqlite:", "postgresql")):
         raise StoreError(f"storage {url!r} is of no kind that survives a killed process here; give sqlite:///file.db or postgresql://user@host/name")
-
-
-def sampler_for(space: Space, trials: int | None) -> str:
-    """A Gaussian process for few trials in a space whose holes are all in every draw; else the tree-structured estimator."""
-    return "gp" if space.flat and trials is not None and trials <= MOST_GP else "tpe"
 
 
 def _optuna() -> Any:

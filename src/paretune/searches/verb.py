@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from paretune import backbones, runs, store, tasks
 from paretune.errors import BackboneError, DataError, StoreError
+from paretune.methods.modifiers.schedule import Schedule
 from paretune.options import Options
 from paretune.pareto import budgets
 from paretune.searches import aims as aiming
@@ -21,7 +22,7 @@ from paretune.searches.journal import Entry, Journal
 from paretune.searches.searcher import Effort, Searcher
 from paretune.searches.space import Space
 from paretune.searches.spec import Spec
-from paretune.searches.study import Study, sampler_for, the_only
+from paretune.searches.study import Study, the_only
 from paretune.tasks import Task
 
 ASKED, STUDY = "search.json", "study.db"  # in the results folder
@@ -39,7 +40,7 @@ def searched(task: Task, *, backbone: str, asked: dict[str, str | None], out: Pa
     runs.set_threads(options)
     _effort(wanted), _space(wanted)
     if _limits_changed(out, wanted, resume=resume):
-        return Found(Journal(out / journal.FILE).entries(), _aims(task, wanted), halving.rungs(len(task.train))[-1], out)
+        return Found(Journal(out / journal.FILE).entries(), _aims(task, wanted), _rungs(task, options)[-1], out)
     if options.searching.earlier:
         wanted = dataclasses.replace(wanted, starts=_starts(out, options.searching.earlier, wanted=wanted, task=task))
     _remember(out, wanted, resume=resume)
@@ -96,9 +97,9 @@ def joining(url: str, *, study: str | None, here: Here, out: Path, options: Opti
 
 
 def _searcher(wanted: Spec, task: Task, *, out: Path, url: str, options: Options) -> Searcher:
-    found, effort, drawn = _aims(task, wanted), _effort(wanted), _space(wanted)
+    found, effort = _aims(task, wanted), _effort(wanted)
     name = f"{task.name} {wanted.id}"
-    study = Study(url, name=name, better=found.better, sampler=sampler_for(drawn, effort.trials), seed=effort.seed)
+    study = Study(url, name=name, better=found.better, seed=effort.seed)
     if wanted.account is None:
         from paretune.searches.table import TableLines
 
@@ -106,7 +107,12 @@ def _searcher(wanted: Spec, task: Task, *, out: Path, url: str, options: Options
     else:
         account = Journal(Path(wanted.account))
     bench = Live(task, backbone=wanted.backbone, out=out, options=options, costs=found.costs)
-    return Searcher(drawn, bench, study=study, journal=account, aims=found, rungs=halving.rungs(len(task.train)), effort=effort)
+    return Searcher(_space(wanted), bench, study=study, journal=account, aims=found, rungs=_rungs(task, options), effort=effort)
+
+
+def _rungs(task: Task, options: Options) -> tuple[int, ...]:
+    default, given = Schedule(), options.training
+    return halving.rungs(len(task.train), epochs=given.epochs or default.epochs, batch=given.batch or default.batch)
 
 
 def _spec(task: Task, *, backbone: str, asked: dict[str, str | None], out: Path, options: Options) -> Spec:
