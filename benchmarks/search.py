@@ -90,7 +90,7 @@ _known = dict[str, dict[str, Any]]()  # by a model's structure, what its inferen
 def measured(pool: Pool, recipe: str, rows: int) -> dict[str, Any]:
     """One cell: the recipe on so many rows. CPU seconds: of each phase, of all else (opening, scoring, saving), and of measuring an inference."""
     task = data.task(pool.task, train=pool.train, validation=VALIDATION, test=TEST)
-    bench = Live(task, backbone="minilm", out=Path(_folder().name), options=Options(metering=METERING), costs=())
+    bench = Live(task, space=space(), backbones={"minilm": "minilm"}, out=Path(_folder().name), options=Options(metering=METERING), costs=())
     outcome = bench.work(recipe, rows, seed=0, watch=lambda spent: None)
     if outcome.state != "complete":
         raise RuntimeError(f"{recipe}: {outcome.reason}")

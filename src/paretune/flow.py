@@ -234,6 +234,7 @@ def search(
     """Finds the recipes of a space with the best scores for the least cost, and spends no more than its budget on it.
 
     Args:
+        backbone: one, or several to choose from: "minilm,roberta-base".
         space: a recipe with ranges, "lora(r=[2..64 log]) | {none, merge | int8}", or auto or autopeft; see `searches.space`.
         budget: what all of it may spend, failed trials, scoring and measuring included: "train_s=3600, train_energy_j=20000".
         under: limits of the model that is chosen, "latency_p50_ms=20, stored_mb=30"; their costs are what the score is set against.

@@ -101,7 +101,7 @@ def _training_cost(records: list[dict[str, Any]], stored: float) -> Cost:
 
 
 def measure(runs: Sequence[Run], task: Any, *, options: Options, peaks: bool = True, progress: Callable[[str, int, int], None] | None = None) -> list[Run]:
-    """Measures the inference of runs, interleaved, and writes it into their run.json. Runs of one recipe share one measurement.
+    """Measures the inference of runs, interleaved, and writes it into their run.json. Runs of one recipe on one backbone share one measurement.
 
     Of several processes the first one measures, while the others wait.
 
@@ -111,15 +111,19 @@ def measure(runs: Sequence[Run], task: Any, *, options: Options, peaks: bool = T
     if not together.first():
         together.wait()
         return [Run.read(run.folder) for run in runs]
-    first = {run.recipe: run for run in reversed(runs)}
-    benches = {recipe: Bench(_open(run, task, options), task) for recipe, run in first.items()}
+    first = {_what(run): run for run in reversed(runs)}
+    benches = {what: Bench(_open(run, task, options), task) for what, run in first.items()}
     found = inference.measured(benches, options.metering, progress=progress)
     benches.clear()
-    for recipe, peak in zip(first, _peaks(list(first.values()), options, progress) if peaks else [missing("MB", NO_PEAKS)] * len(first), strict=True):
-        found[recipe]["readings"]["peak_memory_mb"] = peak
-    measured = [_measured(run, found[run.recipe], first[run.recipe].id) for run in runs]
+    for what, peak in zip(first, _peaks(list(first.values()), options, progress) if peaks else [missing("MB", NO_PEAKS)] * len(first), strict=True):
+        found[what]["readings"]["peak_memory_mb"] = peak
+    measured = [_measured(run, found[_what(run)], first[_what(run)].id) for run in runs]
     together.wait()
     return measured
+
+
+def _what(run: Run) -> str:
+    return f"{run.recipe} on {run.record['backbone']}"
 
 
 def _peaks(runs: Sequence[Run], options: Options, progress: Callable[[str, int, int], None] | None) -> list[Reading]:

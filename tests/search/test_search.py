@@ -25,6 +25,7 @@ from paretune.searches import halving
 from paretune.searches.bench import Live
 from paretune.searches.found import Found
 from paretune.searches.journal import Journal, total
+from paretune.searches.space import read
 
 SPACE = "lora(r={1, 2}, targets={attention, linear}) | {none, int8}"
 BUDGET = "train_s=900, train_energy_j=9000"
@@ -118,7 +119,7 @@ def test_the_choice_is_among_what_was_confirmed_with_fresh_seeds_and_measured(se
 
 def test_models_that_are_made_alike_are_measured_once(place, tmp_path):
     def tried(recipe, rows):
-        bench = Live(task(place), backbone=str(place / "bert"), out=tmp_path, options=options(), costs=("latency_p50_ms",))
+        bench = Live(task(place), space=read(SPACE), backbones={"bert": str(place / "bert")}, out=tmp_path, options=options(), costs=("latency_p50_ms",))
         outcome = bench.work(recipe, rows, seed=0, watch=lambda spent: None)
         assert outcome.state == "complete", outcome.reason
         return pt.read_run(tmp_path / "runs" / outcome.run)
@@ -131,6 +132,21 @@ def test_models_that_are_made_alike_are_measured_once(place, tmp_path):
     for recipe in ("lora(r=1)", "lora(r=2)", "lora(r=1) | merge | int8"):
         other = tried(recipe, 30)
         assert other.record["cost_measured_on"] == other.id
+
+
+def test_it_chooses_among_backbones_and_measures_each(place, tmp_path):
+    tiny.model("distilbert", "base").save_pretrained(place / "distilbert")
+    tiny.tokenizer().save_pretrained(place / "distilbert")
+    names = [str(place / name) for name in ("bert", "distilbert")]
+    asked = {"backbone": ",".join(names), "space": "lora(r={1, 2})", "under": "latency_p50_ms=1e6", "out": tmp_path / "out"}
+    found = pt.search(task(place), **asked, options=options(trials=4))
+    tried = {e.recipe.partition(": ")[0] for e in found.entries if e.kind == "trial"}
+    assert tried == set(names) and len({e.recipe for e in found.entries if e.kind == "trial"}) == 4
+    records = [pt.read_run(folder.parent).record for folder in (tmp_path / "out" / "runs").glob("*/run.json")]
+    assert {record["backbone"] for record in records} == set(names)
+    assert len({(record["backbone"], record["cost"]["latency_p50_ms"]) for record in records if record["seed"] == 0}) == 4  # each of two models and ranks
+    with pytest.raises(StoreError, match="the backbones differs"):
+        pt.search(task(place), **{**asked, "backbone": names[0]}, resume=True, options=options(trials=4))
 
 
 def test_a_finished_search_is_read_again_without_a_trial(searched, place):
@@ -167,7 +183,7 @@ def test_another_search_in_its_folder_is_refused(searched, place):
     given = {"backbone": str(place / "bert"), "budget": BUDGET, "under": "stored_mb=40", "out": out, "options": options()}
     with pytest.raises(StoreError, match="--resume"):
         pt.search(task(place), space=SPACE, **given)
-    with pytest.raises(StoreError, match="another space"):
+    with pytest.raises(StoreError, match="the space differs"):
         pt.search(task(place), space="lora(r={1, 2})", resume=True, **given)
 
 

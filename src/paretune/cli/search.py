@@ -38,6 +38,7 @@ def search(
 
     Cheap trials on few rows come first; the chosen recipes are trained again with fresh seeds and measured together. The results
     folder is that of a frontier: `paretune report` draws it, for other limits too, without a further trial; so does this with --resume.
+    Of several backbones, --backbone minilm,roberta-base, it chooses too.
     """
     data.check()
     budgets.check()

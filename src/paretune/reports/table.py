@@ -78,7 +78,7 @@ def answers(front: Front, budgets: Sequence[Budget]) -> list[dict[str, Any]]:
             continue
         run = front.run(point)
         record = run if isinstance(run, dict) else run.record
-        out.append({"budget": str(budget), "recipe": point.recipe, "score": words.with_interval(point.value("score"), point.interval("score")),
+        out.append({"budget": str(budget), "recipe": words.of_several(front, point), "score": words.with_interval(point.value("score"), point.interval("score")),
                     "costs": {limit.quantity.name: show(point.value(limit.quantity.name), limit.quantity.unit) for limit in budget.limits},
                     "run": record["id"], "command": words.command(record)})  # fmt: skip
     return out
@@ -122,7 +122,7 @@ def points(front: Front, x: str, *, narrow: bool = False) -> Table:
     for point in sorted(front.all, key=lambda p: p.value("score"), reverse=better == "higher"):
         costs = [show(point.value(name), records.named(name).unit, digits=4 if name == CHARGE else 3) for name in names]
         style = "bold" if point in stands else ""
-        label = Text(point.recipe + ("  (reference)" if point is front.reference else ""))
+        label = Text(words.of_several(front, point) + ("  (reference)" if point is front.reference else ""))
         table.add_row("●" if point in stands else "", label, words.with_interval(point.value("score"), point.interval("score")), *costs, style=style)
     return table
 

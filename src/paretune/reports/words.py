@@ -9,6 +9,7 @@ from typing import Any
 
 from paretune import registry
 from paretune.pareto.front import CHARGE, Front
+from paretune.pareto.points import Point
 from paretune.pareto.records import Record, named
 from paretune.units import show
 
@@ -27,6 +28,12 @@ def short(recipe: str) -> str:
     text = re.sub(r" \+ schedule\([^()]*\)", "", recipe)
     text = re.sub(r"\b(?!r=)\w+=", "", text).replace('"', "")
     return text if len(text) <= 44 else text[:43] + "…"
+
+
+def of_several(front: Front, point: Point) -> str:
+    """A point's recipe, with the backbone where there are several."""
+    several = len({other.summary["backbone"] for other in front.all}) > 1
+    return f"{point.recipe} · {point.summary['backbone']}" if several else point.recipe
 
 
 def names(front: Front) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from paretune.phases import Plan
 from paretune.planning import allotment
 from paretune.searches import journal
 from paretune.searches.journal import Spent
+from paretune.searches.space import Space
 from paretune.store import Run
 from paretune.tasks import Task
 
@@ -73,11 +74,13 @@ class Live:
     """This machine.
 
     Args:
+        space: of the draws that are tried.
+        backbones: by the name that draws have for it, where it lies here; the first is that of draws which name none.
         costs: what the search looks at; where all of it is known without, the inference of trials is not measured.
     """
 
-    def __init__(self, task: Task, *, backbone: str, out: Path, options: Options, costs: Sequence[str]) -> None:
-        self.task, self.backbone, self.out, self.options, self.costs = task, backbone, out, options, costs
+    def __init__(self, task: Task, *, space: Space, backbones: Mapping[str, str], out: Path, options: Options, costs: Sequence[str]) -> None:
+        self.task, self.space, self.backbones, self.out, self.options, self.costs = task, space, backbones, out, options, costs
         self.measured = not set(costs) <= set(TRAINED)
         metering = options.metering
         window_s = PROTOCOLS[metering.protocol].window_s
@@ -144,10 +147,12 @@ class Live:
         report = options.report or (lambda info: None)
         return runs.measure(made, task, options=options, peaks=peaks, progress=lambda what, i, n: report({"measuring": what, "done": i, "of": n}))
 
-    def _plan(self, recipe: str, rows: int, seed: int) -> tuple[str, Plan]:
+    def _plan(self, draw: str, rows: int, seed: int) -> tuple[str, Plan]:
+        name, recipe = self.space.parted(draw)
+        backbone = self.backbones[name or next(iter(self.backbones))]
         training = dataclasses.replace(self.options.training, max_train=rows, time_budget_s=None)
         options = dataclasses.replace(self.options, training=training)
-        return flow.plan_frontier(self.task, backbone=self.backbone, recipes=[recipe], seeds=seed + 1, out=self.out, options=options)[-1]
+        return flow.plan_frontier(self.task, backbone=backbone, recipes=[recipe], seeds=seed + 1, out=self.out, options=options)[-1]
 
     def _watched(self, watch: Watch) -> Options:
         told = self.options.report

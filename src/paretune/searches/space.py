@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from paretune import registry
 from paretune.errors import Incompatible, RecipeError
@@ -30,19 +30,21 @@ NAMED = {
     f" + {{none, prefix(length={_SIZES}, layers=[0.. each])}} + schedule(lr=1e-4)",
 }
 LAYERS = 12  # of a backbone that is not known yet
+BACKBONE, ON = "backbone", ": "  # the parameter that picks one, and what stands behind it
 
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """Recipes with ranges."""
+    """Recipes with ranges; where there are several backbones, on one of them each, written "backbone: recipe"."""
 
     text: str
     parts: Parts
+    backbones: tuple[str, ...] = ()
 
     @property
     def size(self) -> float:
         """How many recipes, counting those twice that two draws spell; infinite where a range is not of whole numbers."""
-        return self.parts.size
+        return self.parts.size * max(1, len(self.backbones))
 
     def draw(self, suggest: Suggest) -> str:
         """The text of a recipe.
@@ -51,16 +53,26 @@ class Space:
             Incompatible: where every part of it is left out.
         """
         on = functools.cache(functools.partial(switch, suggest))
-        return _without_nones(_switched(self.parts.draw(suggest), on))
+        return self._on(suggest) + _without_nones(_switched(self.parts.draw(suggest), on))
 
     def fill(self, suggest: Suggest) -> None:
         """Asks for the values of all holes, of those too that the draw left out: a model of the answers is made over values that every draw has."""
+        self._on(suggest)
         self.parts.fill(suggest)
+
+    def parted(self, draw: str) -> tuple[str, str]:
+        """The backbone of a draw, empty where it names none, and its recipe."""
+        name = next((name for name in self.backbones if draw.startswith(name + ON)), None)
+        return (name, draw.removeprefix(name + ON)) if name else ("", draw)
+
+    def _on(self, suggest: Suggest) -> str:
+        return suggest.suggest_categorical(BACKBONE, self.backbones) + ON if len(self.backbones) > 1 else ""
 
     def every(self) -> list[str]:
         """Every recipe of a finite space that composes, each once."""
         texts = itertools.chain.from_iterable(map(_every_switch, self.parts.texts()))
-        return [text for text in dict.fromkeys(map(_kept, texts)) if text and _composes(text)]
+        recipes = [text for text in dict.fromkeys(map(_kept, texts)) if text and _composes(text)]
+        return [name + ON + text for name in self.backbones for text in recipes] if len(self.backbones) > 1 else recipes
 
 
 _MARKED = re.compile(rf"{MARK}(\w+) (\d+) (\d+){MARK}")
@@ -78,17 +90,18 @@ def _every_switch(text: str) -> Iterator[str]:
         yield _switched(text, lambda name, k, known=known: known[name, k])  # type: ignore[misc]
 
 
-def read(text: str, *, layers: int = LAYERS) -> Space:
+def read(text: str, *, layers: int = LAYERS, backbones: Sequence[str] = ()) -> Space:
     """The space that a text or a name (auto, autopeft) stands for, every method and end of a range checked.
 
     Args:
         layers: of the backbone, for ranges without an upper end.
+        backbones: their names, where a draw picks one of several.
 
     Raises:
         RecipeError: for a sign, name, knob or range that cannot be read.
         Incompatible: where nothing in it composes.
     """
-    space = Space(text, _Parser(NAMED.get(text.strip(), text), layers).whole())
+    space = Space(text, _Parser(NAMED.get(text.strip(), text), layers).whole(), tuple(backbones))
     texts = [kept for corner in space.parts.corners() if (kept := _kept(corner))]
     if not [text for text in texts if _composes(text)]:
         parse(texts[0] if texts else "")  # says why

@@ -9,20 +9,20 @@ from typing import Any
 from paretune import store
 from paretune.options import Metering, Options, Training
 
-IDENTITY = ("space", "costs", "backbone", "weights_sha256", "task_fingerprint", "seed")  # a search with other ones is another search
+IDENTITY = ("space", "costs", "backbones", "weights_sha256", "task_fingerprint", "seed")  # a search with other ones is another search
 FILES = ("source", "validation", "test")  # of the arguments of `pt.task`
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What was asked, and of which data and backbone; plain values, so that it can be written down."""
+    """What was asked, and of which data and backbones; plain values, so that it can be written down."""
 
     space: str
     budget: str | None
     under: str | None
     costs: tuple[str, ...]  # what the score is set against
-    backbone: str
-    weights_sha256: str
+    backbones: tuple[str, ...]
+    weights_sha256: tuple[str, ...]
     build: dict[str, Any]  # the arguments of `pt.task`
     task_fingerprint: str
     seed: int

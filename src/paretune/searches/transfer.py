@@ -11,7 +11,7 @@ from paretune.recipe import parse
 from paretune.searches import journal
 from paretune.searches.aims import Aims
 from paretune.searches.journal import Entry, Journal
-from paretune.searches.space import Space
+from paretune.searches.space import BACKBONE, ON, Space
 
 MOST = 8  # draws that are taken over
 
@@ -67,6 +67,7 @@ def starts(earlier: Path, *, space: Space, aims: Aims) -> list[dict[str, Any]]:
 def _is_in(space: Space, entry: Entry) -> bool:
     """Does the space give this recipe for the values of its draw?"""
     try:
-        return parse(space.draw(Known(entry.params))) == parse(entry.recipe)
+        _, recipe = space.parted(space.draw(Known(entry.params)))
+        return parse(recipe) == parse(entry.recipe.removeprefix(str(entry.params.get(BACKBONE)) + ON))
     except (KeyError, Incompatible, RecipeError):
         return False

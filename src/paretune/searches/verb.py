@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,17 @@ def joining(url: str, *, study: str | None, here: Here, out: Path, options: Opti
     if task.fingerprint != wanted.task_fingerprint:
         raise DataError(f"{build['source']} is other data here than the search's (its fingerprint is {task.fingerprint[:12]}, not {wanted.task_fingerprint[:12]}); "
                         "copy the data, and name it with --data")  # fmt: skip
-    known = backbones.find(here.backbone or wanted.backbone)
-    if known.weights_sha256 != wanted.weights_sha256:
-        raise BackboneError(f"{known.name} has other weights here than the search's; copy the backbone, and name it with --backbone")
+    places = here.backbone.split(",") if here.backbone else wanted.backbones
+    weights = [backbones.find(place).weights_sha256 for place in places]
+    if weights != list(wanted.weights_sha256):
+        other = next((place for place, sha256 in zip(places, weights, strict=False) if sha256 not in wanted.weights_sha256), ",".join(places))
+        raise BackboneError(f"{other} has other weights here than the search's; copy the backbone, and name it with --backbone, several in the search's order")
     options = wanted.options(options)
     runs.set_threads(options)
-    return _searcher(dataclasses.replace(wanted, backbone=known.name), task, out=out, url=url, options=options)
+    return _searcher(wanted, task, out=out, url=url, options=options, places=places)
 
 
-def _searcher(wanted: Spec, task: Task, *, out: Path, url: str, options: Options) -> Searcher:
+def _searcher(wanted: Spec, task: Task, *, out: Path, url: str, options: Options, places: Sequence[str] = ()) -> Searcher:
     found, effort = _aims(task, wanted), _effort(wanted)
     name = f"{task.name} {wanted.id}"
     study = Study(url, name=name, better=found.better, seed=effort.seed)
@@ -106,8 +109,10 @@ def _searcher(wanted: Spec, task: Task, *, out: Path, url: str, options: Options
         account = Journal(TableLines(url, study=name))
     else:
         account = Journal(Path(wanted.account))
-    bench = Live(task, backbone=wanted.backbone, out=out, options=options, costs=found.costs)
-    return Searcher(_space(wanted), bench, study=study, journal=account, aims=found, rungs=_rungs(task, options), effort=effort)
+    drawn = _space(wanted)
+    known = dict(zip(wanted.backbones, places or wanted.backbones, strict=True))
+    bench = Live(task, space=drawn, backbones=known, out=out, options=options, costs=found.costs)
+    return Searcher(drawn, bench, study=study, journal=account, aims=found, rungs=_rungs(task, options), effort=effort)
 
 
 def _rungs(task: Task, options: Options) -> tuple[int, ...]:
@@ -116,11 +121,11 @@ def _rungs(task: Task, options: Options) -> tuple[int, ...]:
 
 
 def _spec(task: Task, *, backbone: str, asked: dict[str, str | None], out: Path, options: Options) -> Spec:
-    known = backbones.find(backbone)
-    name = str(Path(known.name).absolute()) if Path(known.name).is_dir() else known.name
+    known = [backbones.find(name) for name in dict.fromkeys(backbone.split(","))]
+    names = tuple(str(Path(found.name).absolute()) if Path(found.name).is_dir() else found.name for found in known)
     account = None if options.searching.storage else str((out / journal.FILE).absolute())
     return Spec(
-        asked["space"] or "auto", asked["budget"], asked["under"], _costs(task, asked["under"]), name, known.weights_sha256, spec.portable(task.build),
+        asked["space"] or "auto", asked["budget"], asked["under"], _costs(task, asked["under"]), names, tuple(found.weights_sha256 for found in known), spec.portable(task.build),
         task.fingerprint, home=f"{journal.me()['host'].partition(' ')[0]}:{out.absolute()}", account=account, **spec.kept(options),
     )  # fmt: skip
 
@@ -133,8 +138,8 @@ def _starts(out: Path, earlier: str, *, wanted: Spec, task: Task) -> list[dict[s
 
 
 def _space(wanted: Spec) -> Space:
-    config = AutoConfig.from_pretrained(backbones.find(wanted.backbone).source)
-    return space.read(wanted.space, layers=getattr(config, "num_hidden_layers", space.LAYERS))
+    configs = [AutoConfig.from_pretrained(backbones.find(name).source) for name in wanted.backbones]
+    return space.read(wanted.space, layers=min(getattr(config, "num_hidden_layers", space.LAYERS) for config in configs), backbones=wanted.backbones)
 
 
 def _effort(wanted: Spec) -> Effort:
@@ -169,7 +174,7 @@ def _remember(out: Path, wanted: Spec, *, resume: bool) -> None:
         known = store.read_json(file)
         other = next((name for name, value in asked.items() if known.get(name) != value), None)
         if other:
-            raise StoreError(f"{out} holds a search with another {other} ({known.get(other)!r}, not {asked[other]!r}); choose another --out")
+            raise StoreError(f"{out} holds a search of which the {other} differs ({known.get(other)!r}, not {asked[other]!r}); choose another --out")
         if not resume:
             raise StoreError(f"{out} holds a search that was begun before; add --resume to go on with it, or choose another --out")
     else:
