@@ -226,7 +226,8 @@ def page(table: Table) -> str:
     curves = {pool.task: _curves(pool, kept(table, pool)) for pool in POOLS}
     _draw(curves)
     parts = [f"## {pool.task}\n\n{_table(pool, curves[pool.task])}" for pool in POOLS]
-    return "\n\n".join([head.strip(), "![hypervolume over CPU seconds](search.png)", *parts, "Made by `python -m benchmarks.search --table` from `benchmarks/results/search/`."]) + "\n"
+    made = "Made by `python -m benchmarks.search --table` from `benchmarks/results/search/`."
+    return "\n\n".join([head.strip(), "![hypervolume over CPU seconds](search.png)", *parts, made]) + "\n"
 
 
 def kept(table: Table, pool: Pool) -> Found:
@@ -268,9 +269,10 @@ def _about() -> str:
     sizes = "; ".join(f"{pool.task} {', '.join(map(str, pool.rungs))}" for pool in POOLS)
     return (
         f"The pool: the {len(space().every())} recipes of\n\n    {SPACE}\n\non minilm, {EPOCHS:g} epochs (training rows: {sizes}), each trained once on one thread "
-        f"and scored on {VALIDATION} validation rows; models that are made alike were measured once. Joules are estimates from CPU time at a stated power ({METERING.power}). "
-        f"A replay pays the CPU seconds that its trials took when they were measured: what recipes share once, training, opening, scoring, and measuring inference where the searcher looks at it. "
-        f"The hypervolume is that of validation accuracy and joules of an inference, of recipes that have seen all rows, up to a corner stated before the first run ({corners}). "
+        f"and scored on {VALIDATION} validation rows; models that are made alike were measured once. Joules are estimates from CPU time at a stated power "
+        f"({METERING.power}). A replay pays the CPU seconds that its trials took when they were measured, what recipes share once: training, opening, scoring, "
+        f"and measuring inference where the searcher looks at it. The hypervolume is that of validation accuracy and joules of an inference, of recipes that have "
+        f"seen all rows, up to a corner stated before the first run ({corners}). "
         f"Medians over {SEEDS} seeds."
     )
 

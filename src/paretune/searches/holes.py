@@ -129,7 +129,7 @@ class Each:
     def fill(self, suggest: Suggest) -> None:
         """Asks for every switch."""
         for k in range(self.low, self.high + 1):
-            switch(suggest, self.name, k)
+            switch(suggest, self.name, k=k)
 
     @property
     def size(self) -> float:
@@ -181,7 +181,7 @@ class Parts:
         return ["".join(texts[i % len(texts)] for texts in lists) for i in range(max(map(len, lists), default=0))]
 
 
-def switch(suggest: Suggest, name: str, k: int) -> bool:
+def switch(suggest: Suggest, name: str, *, k: int) -> bool:
     """Is the k-th switch of this name on?"""
     return bool(suggest.suggest_int(f"{name}.{k}", low=0, high=1))
 

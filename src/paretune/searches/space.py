@@ -52,7 +52,7 @@ class Space:
         Raises:
             Incompatible: where every part of it is left out.
         """
-        on = functools.cache(functools.partial(switch, suggest))
+        on = functools.cache(lambda name, k: switch(suggest, name, k=k))
         return self._on(suggest) + _without_nones(_switched(self.parts.draw(suggest), on))
 
     def fill(self, suggest: Suggest) -> None:

@@ -125,8 +125,8 @@ def _spec(task: Task, *, backbone: str, asked: dict[str, str | None], out: Path,
     names = tuple(str(Path(found.name).absolute()) if Path(found.name).is_dir() else found.name for found in known)
     account = None if options.searching.storage else str((out / journal.FILE).absolute())
     return Spec(
-        asked["space"] or "auto", asked["budget"], asked["under"], _costs(task, asked["under"]), names, tuple(found.weights_sha256 for found in known), spec.portable(task.build),
-        task.fingerprint, home=f"{journal.me()['host'].partition(' ')[0]}:{out.absolute()}", account=account, **spec.kept(options),
+        asked["space"] or "auto", asked["budget"], asked["under"], _costs(task, asked["under"]), names, tuple(found.weights_sha256 for found in known),
+        spec.portable(task.build), task.fingerprint, home=f"{journal.me()['host'].partition(' ')[0]}:{out.absolute()}", account=account, **spec.kept(options),
     )  # fmt: skip
 
 
