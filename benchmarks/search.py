@@ -24,6 +24,7 @@ from benchmarks.cells import Cell, Table
 from paretune import runs, store
 from paretune.options import Metering, Options
 from paretune.pareto import dominance
+from paretune.recipe import parse
 from paretune.searches import halving
 from paretune.searches.aims import Aims
 from paretune.searches.bench import Live, Outcome, Watch
@@ -43,7 +44,7 @@ SPACE = f"{{none, keep_layers()}} | {{{LORA}, {AUTOPEFT}}}"
 EPOCHS, BATCH, VALIDATION, TEST = 3.0, 32, 500, 100  # the schedule's own epochs and batch
 COST = "energy_per_inference_j"
 METERING = Metering(power="idle=2W,busy=6W")
-SEEDS, SHOWN = 20, 100  # replays of each searcher; trials of random search that the others are held against
+SEEDS, SHOWN, TRIALS = 20, 100, 140  # replays of each searcher; trials of random search that the others are held against; trials at most
 FIGURE = cells.ROOT / "docs" / "search.png"
 Found = Callable[[str, int], dict[str, Any]]  # the figures of a recipe on so many rows
 
@@ -129,7 +130,8 @@ class Replay:
         self.found, self.measures, self.paid = found, measures, set[str]()
 
     def key(self, recipe: str, rows: int) -> str:
-        """The cell's name."""
+        """The recipe and the rows, if the recipe composes."""
+        parse(recipe).check()
         return f"{recipe} {rows}"
 
     def timing(self, recipe: str) -> tuple[Spent, Callable[[int], Spent]]:
@@ -186,7 +188,7 @@ def replayed(way: Way, pool: Pool, found: Found, *, seed: int) -> Curve:
         journal = Journal(Path(folder) / "trials.jsonl")
         searched, aims = read(way.space), Aims("accuracy", (way.against,), None, VALIDATION)
         study = Study(None, better=aims.better, sampler=way.sampler, seed=seed)
-        effort = Effort({}, trials=len(searched.every()), confirm=0, seed=seed)
+        effort = Effort({}, trials=min(TRIALS, len(searched.every())), confirm=0, seed=seed)
         bench = Replay(found, measures=way.against == COST)
         Searcher(searched, bench, study=study, journal=journal, aims=aims, rungs=way.rungs(pool), effort=effort).trials()
         return curve(journal.entries(), pool)
