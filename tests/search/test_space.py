@@ -100,32 +100,6 @@ def test_named_spaces_have_draws_that_compose(name):
     assert composed >= 45
 
 
-@pytest.mark.parametrize("text", [ISSUE, "{lora(r=[1..4]), full}", "{none, adapter(layers=[0..2 each])} + bitfit", *NAMED])
-def test_filled_all_draws_have_values_of_the_same_names_which_the_text_does_not_change(text):
-    class Trial(Seeded):
-        def __init__(self, seed):
-            super().__init__(seed)
-            self.params = {}
-
-        def suggest_int(self, name, *, low, high, log=False):
-            return self.params.setdefault(name, super().suggest_int(name, low=low, high=high, log=log))
-
-        def suggest_float(self, name, *, low, high, log=False):
-            return self.params.setdefault(name, super().suggest_float(name, low=low, high=high, log=log))
-
-        def suggest_categorical(self, name, choices):
-            return self.params.setdefault(name, super().suggest_categorical(name, choices))
-
-    space, names = read(text), []
-    for trial in map(Trial, range(20)):
-        space.fill(trial)
-        filled = dict(trial.params)
-        space.parts.draw(trial)
-        assert trial.params == filled
-        names.append(sorted(filled))
-    assert names[0] and all(found == names[0] for found in names)
-
-
 def test_switches_are_one_for_all_methods_and_without_any_a_method_is_left_out():
     text = "adapter(layers=[0..2 each]) + prefix(layers=[0..2 each]) + bitfit"
     found = [parse(draw).phases[0] for draw in draws(text, 80)]

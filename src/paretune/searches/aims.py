@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +39,12 @@ class Aims:
     def better(self) -> list[str]:
         """Of each objective, which way is better."""
         return [records.named(name, self.metric).better for name in self.names]
+
+    @property
+    def bounds(self) -> list[float]:
+        """Of each objective its limit, infinite where it has none."""
+        known = {limit.quantity.name: limit.bound for limit in self.under.limits} if self.under else {}
+        return [known.get(name, math.inf) for name in self.names]
 
     def values(self, entry: Entry) -> list[float | None]:
         """The objectives of a trial."""

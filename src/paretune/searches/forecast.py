@@ -10,6 +10,7 @@ import numpy as np
 from paretune.searches.journal import SPENDABLE, Entry, Spent
 
 MARGIN = 1.25  # a trial may take so many times its forecast; on a shared machine one in ten takes longer, and is cut
+FEW = 3  # trials on as many rows that say more than those on other rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +26,11 @@ class Forecast:
     first: Callable[[int], Spent]
 
     def of(self, recipe: str, rows: int) -> Spent:
-        """Of a recipe that was tried: its own figures; of another, what three in four of the others stay below."""
+        """Of a recipe that was tried: its own figures; of another, what three in four of the others stay below, of those on as many rows where there are a few."""
         done = [e for e in self.entries if e.state == "complete" and e.kind in ("trial", "confirm")]
         own = [e for e in done if e.recipe == recipe]
-        scaled = [_scaled(e, rows) for e in own or done]
+        alike = [e for e in done if e.rows == rows]
+        scaled = [_scaled(e, rows) for e in own or (alike if len(alike) >= FEW else done)]
         return _over(scaled, 1.0 if own else 0.75) if scaled else self.first(rows)
 
     def tail(self) -> Spent:

@@ -60,10 +60,6 @@ class Range:
             return str(suggest.suggest_int(self.name, low=int(self.low), high=int(self.high), log=self.log))
         return repr(float(f"{suggest.suggest_float(self.name, low=self.low, high=self.high, log=self.log):.4g}"))
 
-    def fill(self, suggest: Suggest) -> None:
-        """Asks for the number."""
-        self.draw(suggest)
-
     @property
     def whole(self) -> bool:
         """Are its values whole numbers?"""
@@ -94,12 +90,6 @@ class Choice:
         """The text of the option that is picked."""
         return self.options[suggest.suggest_categorical(self.name, list(self.options))].draw(suggest)
 
-    def fill(self, suggest: Suggest) -> None:
-        """Asks for a value of every hole in every option, whichever is picked."""
-        suggest.suggest_categorical(self.name, list(self.options))
-        for parts in self.options.values():
-            parts.fill(suggest)
-
     @property
     def size(self) -> float:
         """How many texts it stands for."""
@@ -126,11 +116,6 @@ class Each:
         """Its mark."""
         return f"{MARK}{self.name} {self.low} {self.high}{MARK}"
 
-    def fill(self, suggest: Suggest) -> None:
-        """Asks for every switch."""
-        for k in range(self.low, self.high + 1):
-            switch(suggest, self.name, k=k)
-
     @property
     def size(self) -> float:
         """How many ways to switch there are."""
@@ -155,11 +140,6 @@ class Parts:
         """The text with its holes filled."""
         return "".join(part if isinstance(part, str) else part.draw(suggest) for part in self.parts)
 
-    def fill(self, suggest: Suggest) -> None:
-        """Asks for a value of every hole, within options, too."""
-        for hole in self.holes:
-            hole.fill(suggest)
-
     @property
     def holes(self) -> list[Range | Each | Choice]:
         """The holes, apart from those within options."""
@@ -179,11 +159,6 @@ class Parts:
         """Few texts in which every option and every end of a range stands at least once."""
         lists = [[part] if isinstance(part, str) else part.corners() for part in self.parts]
         return ["".join(texts[i % len(texts)] for texts in lists) for i in range(max(map(len, lists), default=0))]
-
-
-def switch(suggest: Suggest, name: str, *, k: int) -> bool:
-    """Is the k-th switch of this name on?"""
-    return bool(suggest.suggest_int(f"{name}.{k}", low=0, high=1))
 
 
 def listed(numbers: Sequence[int]) -> str:

@@ -97,10 +97,11 @@ class Searcher:
         for _ in range(REPEATS):
             if len(_tried(self.journal.entries())) >= min(self.space.size, math.inf if self.effort.trials is None else self.effort.trials):
                 return False
-            proposal = self._propose(self._start())
-            if proposal is not None and not self._known(proposal, self.rungs[0]):
+            rows = self._least()
+            proposal = self._propose({ROWS: rows, **self._start()})
+            if proposal is not None and not self._known(proposal, rows):
                 dear += 1
-                if self._try(proposal, self.rungs[0]):
+                if self._try(proposal, rows):
                     return True
             if dear == DEAR:
                 break
@@ -177,18 +178,24 @@ class Searcher:
 
     # --- one trial --------------------------------------------------------------------------------------------------------------
 
+    def _least(self) -> int:
+        """Training rows that a new recipe is tried on: the fewest for which a trial costs at most half of one on all, as what is not training costs the same on few.
+        Where the budget reaches for no more trials on all rows than begin below one of them, the fewest there are."""
+        cost = self._first or (lambda rows: self._forecast().of("", rows))
+        whole = cost(self.rungs[-1])
+        if not within(times(whole, halving.ETA ** (len(self.rungs) - 1)), left(self.journal.entries(), self.effort.budget)):
+            return self.rungs[0]
+        return next(rows for rows in self.rungs if rows == self.rungs[-1] or within(cost(rows), times(whole, 0.5)))
+
     def _propose(self, fixed: Mapping[str, Any]) -> Proposal | None:
-        """A proposal, on the fewest rows where nothing else is fixed; None for a draw that is no recipe."""
-        several = len(self.rungs) > 1
+        """A proposal with some values fixed; None for a draw that is no recipe."""
 
         def draw(suggest: Suggest) -> str:
-            if several:
-                suggest.suggest_int(ROWS, low=self.rungs[0], high=self.rungs[-1], log=True)
-            self.space.fill(suggest)
+            suggest.suggest_int(ROWS, low=self.rungs[0], high=self.rungs[-1], log=True)
             return self.space.draw(suggest)
 
         try:
-            return self.study.propose(draw, fixed={**({ROWS: self.rungs[0]} if several else {}), **fixed})
+            return self.study.propose(draw, fixed=fixed, aim={ROWS: self.rungs[-1]})
         except Incompatible:
             return None
 
@@ -197,7 +204,7 @@ class Searcher:
         asked = plus(times(self._forecast().of(entry.recipe, rows), MARGIN), self._kept(entry.recipe, rows))
         if not within(asked, left(self.journal.entries(), self.effort.budget)):
             return False
-        proposal = self._propose({**entry.params, **({ROWS: rows} if len(self.rungs) > 1 else {})})
+        proposal = self._propose({**entry.params, ROWS: rows})
         return proposal is not None and not self._known(proposal, rows) and self._try(proposal, rows)
 
     def _known(self, proposal: Proposal, rows: int) -> bool:
@@ -226,7 +233,7 @@ class Searcher:
         values = self.aims.values(entry) if entry.state == "complete" else [None]
         known = [value for value in values if value is not None]
         if len(known) == len(values):
-            self.study.answer(proposal.number, known, limits=self.aims.limits(entry))
+            self.study.answer(proposal.number, known, limits=self.aims.limits(entry), seconds=entry.spent["train_s"] or 0.0)
         else:
             self.study.fail(proposal.number)
 

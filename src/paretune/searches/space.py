@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from paretune import registry
 from paretune.errors import Incompatible, RecipeError
 from paretune.recipe import parse
-from paretune.searches.holes import MARK, NONE, Choice, Each, Parts, Range, Suggest, listed, switch
+from paretune.searches.holes import MARK, NONE, Choice, Each, Parts, Range, Suggest, listed
 
 _SIZES = "{1, 3, 6, 12, 24, 48, 96, 192, 384, 768}"
 NAMED = {
@@ -52,13 +52,8 @@ class Space:
         Raises:
             Incompatible: where every part of it is left out.
         """
-        on = functools.cache(lambda name, k: switch(suggest, name, k=k))
+        on = functools.cache(lambda name, k: bool(suggest.suggest_int(f"{name}.{k}", low=0, high=1)))
         return self._on(suggest) + _without_nones(_switched(self.parts.draw(suggest), on))
-
-    def fill(self, suggest: Suggest) -> None:
-        """Asks for the values of all holes, of those too that the draw left out: a model of the answers is made over values that every draw has."""
-        self._on(suggest)
-        self.parts.fill(suggest)
 
     def parted(self, draw: str) -> tuple[str, str]:
         """The backbone of a draw, empty where it names none, and its recipe."""

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from paretune.errors import StoreError, all_of
-from paretune.searches import journal
+from paretune.searches import journal, surrogate
 from paretune.searches.holes import Suggest
+from paretune.searches.surrogate import Answer
 
-STARTUP = 10  # proposals at random before a model is made of the answers
+STARTUP = 10  # proposals at random before a tree-structured estimator is made of the answers
+FEW = 4  # answers to proposals at random before a Gaussian process is
 MOST_GP = 200  # proposals; beyond, a Gaussian process takes longer than it gains
 SPEC = "search"  # the study's attribute that says what the search is
 NEW_S = 60.0  # a proposal without an owner is this old at most; older ones were left by a killed process
@@ -48,8 +51,9 @@ class Study:
         StoreError: where Optuna is not installed, or the storage cannot be opened.
     """
 
-    def __init__(self, url: str | None, *, name: str = "search", better: Sequence[str], sampler: str = "auto", seed: int = 0) -> None:
-        self.optuna, self.name, self.sampler, self.seed = _optuna(), name, sampler, seed
+    def __init__(self, url: str | None, *, name: str = "search", better: Sequence[str], limits: Sequence[float] = (), sampler: str = "auto", seed: int = 0) -> None:
+        self.optuna, self.name, self.sampler, self.seed, self.better = _optuna(), name, sampler, seed, better
+        self.limits = [self._loss(limit, i) if math.isfinite(limit) else math.inf for i, limit in enumerate(limits or [math.inf] * len(better))]
         directions = ["maximize" if way == "higher" else "minimize" for way in better]
         if url is not None:
             _refuse_unkept(url)
@@ -72,14 +76,14 @@ class Study:
         if known != spec:
             self.study.set_user_attr(SPEC, dict(spec))
 
-    def propose(self, draw: Callable[[Suggest], str], *, fixed: Mapping[str, Any] | None = None) -> Proposal:
-        """The next draw; of the parameters in `fixed` as they stand there.
+    def propose(self, draw: Callable[[Suggest], str], *, fixed: Mapping[str, Any] | None = None, aim: Mapping[str, Any] | None = None) -> Proposal:
+        """The next draw; of the parameters in `fixed` as they stand there. `aim` has other values for some of these, with which the answers matter.
 
         Raises:
             Incompatible: for a draw that is no recipe; it is answered as failed.
         """
         with _calm():
-            self.study.sampler = _fixing(self._sampler(), fixed or {})
+            self.study.sampler = _fixing(self._sampler(), self._modeled(draw, fixed or {}, aim or {}))
             trial = self.study.ask()
             trial.set_user_attr("owner", {**journal.me(), "asked": time.time()})
             self._open[trial.number] = trial
@@ -90,10 +94,11 @@ class Study:
                 raise
             return Proposal(trial.number, recipe, dict(trial.params))
 
-    def answer(self, number: int, values: Sequence[float], *, limits: Mapping[str, float] | None = None) -> None:
+    def answer(self, number: int, values: Sequence[float], *, limits: Mapping[str, float] | None = None, seconds: float = 1.0) -> None:
         """The values of a proposal; of each limit by how much it is missed (0 or less where it is kept)."""
         trial = self._open.pop(number)
         with _calm(), contextlib.suppress(self.optuna.exceptions.UpdateFinishedTrialError):  # others took this process for killed
+            trial.set_user_attr("seconds", seconds)
             for name, excess in (limits or {}).items():
                 trial.set_constraint(name, excess)
             self.study.tell(trial, list(values), skip_if_finished=True)
@@ -118,15 +123,33 @@ class Study:
             self.study.tell(number, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
         return len(zombies)
 
-    def _sampler(self) -> Any:
+    def _modeled(self, draw: Callable[[Suggest], str], fixed: Mapping[str, Any], aim: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values that are fixed, and where a Gaussian process proposes, its others."""
+        trials = self.study.get_trials(deepcopy=False)
+        answered = [trial for trial in trials if trial.values is not None]
+        if self._kind(len(trials)) != "gp" or len(answered) < FEW or not surrogate.leaves_open(draw, fixed):
+            return fixed
+        losses = [[self._loss(value, i) for i, value in enumerate(trial.values)] for trial in answered]
+        answers = [Answer(t.params, y, t.user_attrs.get("seconds", 1.0)) for t, y in zip(answered, losses, strict=True)]
+        return surrogate.best(draw, [t.params for t in trials], answers, fixed=fixed, aim=aim, limits=self.limits, seed=self._fresh_seed())
+
+    def _loss(self, value: float, i: int) -> float:
+        """An objective for the model, lower is better; costs by their logarithm: what is halved counts the same whatever it was."""
+        if self.better[i] == "higher":
+            return -value
+        return math.log(value) if value > 0 else value
+
+    def _kind(self, proposed: int) -> str:
+        return ("gp" if proposed < MOST_GP else "tpe") if self.sampler == "auto" else self.sampler
+
+    def _fresh_seed(self) -> int:
         killed = sum(key.startswith("killed ") for key in self.study.user_attrs)
         proposed = len(self.study.get_trials(deepcopy=False)) - killed  # those of other processes at work too, so that no two draw alike
-        seed = int(hashlib.sha256(f"{self.seed} {proposed}".encode()).hexdigest()[:8], 16)
-        samplers = self.optuna.samplers
-        kind = ("gp" if proposed < MOST_GP else "tpe") if self.sampler == "auto" else self.sampler
-        if kind == "gp":
-            return samplers.GPSampler(seed=seed, n_startup_trials=STARTUP, warn_independent_sampling=False)
-        if kind == "tpe":
+        return int(hashlib.sha256(f"{self.seed} {proposed}".encode()).hexdigest()[:8], 16)
+
+    def _sampler(self) -> Any:
+        samplers, seed = self.optuna.samplers, self._fresh_seed()
+        if self._kind(len(self.study.get_trials(deepcopy=False))) == "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True, group=True, warn_independent_sampling=False)
         return samplers.RandomSampler(seed=seed)
 

@@ -102,7 +102,7 @@ def joining(url: str, *, study: str | None, here: Here, out: Path, options: Opti
 def _searcher(wanted: Spec, task: Task, *, out: Path, url: str, options: Options, places: Sequence[str] = ()) -> Searcher:
     found, effort = _aims(task, wanted), _effort(wanted)
     name = f"{task.name} {wanted.id}"
-    study = Study(url, name=name, better=found.better, seed=effort.seed)
+    study = Study(url, name=name, better=found.better, limits=found.bounds, seed=effort.seed)
     if wanted.account is None:
         from paretune.searches.table import TableLines
 
