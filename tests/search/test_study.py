@@ -97,20 +97,14 @@ def test_limits_are_what_the_sampler_is_told(tmp_path):
 
 
 def test_a_gaussian_process_proposes_until_there_are_many_answers(monkeypatch):
-    monkeypatch.setattr(studies, "STARTUP", 2), monkeypatch.setattr(studies, "MOST_GP", 4)
-    made = {"gp": 0, "tpe": 0}
-
-    def counted(kind, sampler):
-        def make(*args, **kwargs):
-            made[kind] += 1
-            return sampler(*args, **kwargs)
-
-        return make
-
+    monkeypatch.setattr(studies, "FEW", 2), monkeypatch.setattr(studies, "STARTUP", 2), monkeypatch.setattr(studies, "MOST_GP", 5)
+    made, itself = [], studies.surrogate.best
+    monkeypatch.setattr(studies.surrogate, "best", lambda *args, **more: made.append(len(args[2])) or itself(*args, **more))
     study = Study(None, better=["higher", "lower"])
-    monkeypatch.setattr(study.optuna.samplers, "GPSampler", counted("gp", study.optuna.samplers.GPSampler))
-    monkeypatch.setattr(study.optuna.samplers, "TPESampler", counted("tpe", study.optuna.samplers.TPESampler))
-    assert len(answered(study, 6)) == 6 and made == {"gp": 4, "tpe": 2}
+    assert len(set(answered(study, 6)[:5])) == 5 and made == [2, 3, 4]  # two by chance, three new ones by the model, then the other estimator
+    study.propose(SPACE.draw, fixed={"lora.r": 7, "lora.targets": "ffn"})
+    assert len(made) == 3  # nothing was open
+
 
 
 def test_what_would_not_survive_a_kill_is_refused(tmp_path):

@@ -42,32 +42,28 @@ class Answer:
 Draw = Callable[[Suggest], str]
 
 
-class Asked(Seeded):
+class Asked:
     """Values by chance, or given ones, that are remembered with their ranges."""
 
     def __init__(self, seed: int, given: Params) -> None:
-        super().__init__(seed)
-        self.given, self.params, self.holes = given, dict[str, Any](), dict[str, Hole]()
+        self.chance, self.given, self.params, self.holes = Seeded(seed), given, dict[str, Any](), dict[str, Hole]()
 
     def suggest_int(self, name: str, *, low: int, high: int, log: bool = False) -> int:
         """A whole number from low to high."""
-        self.holes[name] = Hole(low, high, log)
-        known = self.given.get(name)
-        value = known if known is not None and low <= known <= high else super().suggest_int(name, low=low, high=high, log=log)
-        return int(self.params.setdefault(name, value))
+        return int(self._remembered(name, Hole(low, high, log), self.chance.suggest_int(name, low=low, high=high, log=log)))
 
     def suggest_float(self, name: str, *, low: float, high: float, log: bool = False) -> float:
         """A number from low to high."""
-        self.holes[name] = Hole(low, high, log)
-        known = self.given.get(name)
-        value = known if known is not None and low <= known <= high else super().suggest_float(name, low=low, high=high, log=log)
-        return float(self.params.setdefault(name, value))
+        return float(self._remembered(name, Hole(low, high, log), self.chance.suggest_float(name, low=low, high=high, log=log)))
 
     def suggest_categorical(self, name: str, choices: Sequence[str]) -> str:
         """One of the choices."""
-        self.holes[name] = Hole(choices=tuple(choices))
-        known = self.given.get(name)
-        return str(self.params.setdefault(name, known if known in choices else super().suggest_categorical(name, choices)))
+        return str(self._remembered(name, Hole(choices=tuple(choices)), self.chance.suggest_categorical(name, choices)))
+
+    def _remembered(self, name: str, hole: Hole, drawn: Any) -> Any:
+        self.holes[name] = hole
+        given = self.given.get(name)
+        return self.params.setdefault(name, given if given is not None and hole.holds(given) else drawn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +74,10 @@ class Hole:
     high: float = 1.0
     log: bool = False
     choices: tuple[str, ...] = ()
+
+    def holds(self, value: Any) -> bool:
+        """Is this one of its values?"""
+        return value in self.choices if self.choices else self.low <= value <= self.high
 
     def vector(self, value: Any) -> list[float]:
         """A value, or None, as a vector: numbers along one axis of length 1, other choices each an axis."""
@@ -161,13 +161,21 @@ def _gains(known: np.ndarray, values: np.ndarray, at: np.ndarray, *, sizes: Sequ
     if not (values < corner).all(1).any():  # nothing keeps the limits yet
         corner = values.max(0)
     length = np.maximum(corner - values.min(0), 1e-9)
-    ways = np.abs(random_state.standard_normal((WEIGHTS, values.shape[1])))
-    ways /= np.linalg.norm(ways, axis=1, keepdims=True)
+    ways = directions(WEIGHTS, values.shape[1], chance=random_state)
+    reached = scalarized((corner - values) / length, ways).max(0)
+    return np.maximum(scalarized((corner - drawn) / length, ways) - reached, 0.0).mean((0, 2))
 
-    def reached(y: np.ndarray) -> np.ndarray:
-        return np.min(np.maximum(corner - y, 0.0)[..., None, :] / length / ways, -1) ** values.shape[1]  # (..., weights)
 
-    return np.maximum(reached(drawn) - reached(values).max(0), 0.0).mean((0, 2))
+def directions(n: int, d: int, *, chance: np.random.Generator) -> np.ndarray:
+    """(n, d) directions, even over the positive part of the unit sphere."""
+    drawn = np.abs(chance.standard_normal((n, d)))
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+def scalarized(better: np.ndarray, ways: np.ndarray) -> np.ndarray:
+    """How far points (..., d) reach from the corner, by which they are better, in each direction, to the power d: (..., directions). The mean over
+    directions of the best of several is their hypervolume but for π^(d/2) / (2^d Γ(d/2 + 1))."""
+    return np.min(np.maximum(better, 0.0)[..., None, :] / ways, -1) ** ways.shape[1]
 
 
 def predicted(known: np.ndarray, y: np.ndarray, at: np.ndarray, *, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
