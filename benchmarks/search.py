@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import statistics
 import tempfile
 import time
@@ -47,6 +48,7 @@ METERING = Metering(power="idle=2W,busy=6W")
 SEEDS = range(100, 120)  # of the replays; the model's constants were chosen on others, 0 to 7
 TRIALS = 100  # recipes of each replay
 FIGURE = cells.ROOT / "docs" / "search.png"
+LIVE = cells.ROOT / "benchmarks" / "results" / "search_live.json"
 Found = Callable[[str, int], dict[str, Any]]  # the figures of a recipe on so many rows
 
 
@@ -236,7 +238,26 @@ def page(table: Table) -> str:
     _draw(curves)
     parts = [f"## {pool.task}\n\n{_table(pool, curves[pool.task])}" for pool in POOLS]
     made = "Made by `python -m benchmarks.search --table` from `benchmarks/results/search/`."
-    return "\n\n".join([head.strip(), "![hypervolume over CPU seconds](search.png)", *parts, made]) + "\n"
+    return "\n\n".join([head.strip(), "![hypervolume over CPU seconds](search.png)", *parts, *_live(), made]) + "\n"
+
+
+def _live() -> list[str]:
+    """One search with each searcher, on a task without a pool; nothing where that was not run."""
+    if not LIVE.is_file():
+        return []
+    found = json.loads(LIVE.read_text())
+    rows = []
+    for name, line in found["searches"].items():
+        half, whole = (max((v for s, v in line["curve"] if s <= share * found["seconds"]), default=0.0) for share in (0.5, 1.0))
+        first, *_, last = [*line["front"], *line["front"]]
+        rows.append([name, str(line["trials"]), f"{half:.4f}", f"{whole:.4f}", *(f"`{end['recipe']}`: {end['score']:.3f}, {end[COST]:.3f} J" for end in (first, last))])
+    task = found["task"]
+    about = (
+        f"Each searcher once on this machine, on {task['task']} ({task['train']} training rows), of which there is no pool, "
+        f"with {found['seconds']:g} CPU s for all that it does, proposing included; hypervolume up to {task['score']:g} and {task['joules']:g} J. One run each: no interval."
+    )
+    head = ["searcher", "trials", "volume at half of it", "at its end", "its best score", "its cheapest to run"]
+    return [f"## Live\n\n{about}\n\n{cells.markdown(head, rows)}\n\nMade by `python -m benchmarks.search_live`."]
 
 
 def kept(table: Table, pool: Pool) -> Found:

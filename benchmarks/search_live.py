@@ -1,6 +1,6 @@
 """The searchers of `benchmarks/search.py` once each on this machine, with the same budget, on a task that no pool was made of.
 
-    python -m benchmarks.search_live [--seconds 300]    searches, then writes docs/search.md
+    python -m benchmarks.search_live [--seconds 240]    keeps what it finds in benchmarks/results/search_live.json, for docs/search.md
 
 Needs the folder of data sets (`benchmarks/data.py`).
 """
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cells, data, search
+from benchmarks import data, search
 from benchmarks.search import Pool, Way
 from paretune.options import Options
 from paretune.searches.aims import Aims
@@ -26,7 +26,6 @@ from paretune.searches.study import Study
 
 POOL = Pool("mpqa", 576, score=0.5, joules=0.1)
 GRID = Way("grid")
-FILE = cells.ROOT / "benchmarks" / "results" / "search_live.json"
 
 
 def searched(way: Way, *, seconds: float) -> list[Entry]:
@@ -80,10 +79,10 @@ def kept(entries: list[Entry]) -> dict[str, Any]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="One live search with each searcher.")
-    parser.add_argument("--seconds", type=float, default=300.0, help="CPU seconds that each may spend")
+    parser.add_argument("--seconds", type=float, default=240.0, help="CPU seconds that each may spend")
     asked = parser.parse_args()
     found = {name: kept(searched(way, seconds=asked.seconds)) for name, way in {"grid": GRID, **search.WAYS}.items()}
-    FILE.write_text(json.dumps({"seconds": asked.seconds, "task": dataclasses.asdict(POOL), "searches": found}, indent=1) + "\n")
+    search.LIVE.write_text(json.dumps({"seconds": asked.seconds, "task": dataclasses.asdict(POOL), "searches": found}, indent=1) + "\n")
     for name, line in found.items():
         print(f"{name}: {line['trials']} trials, volume {line['curve'][-1][1]:.4f}")
 
