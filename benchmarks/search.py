@@ -254,7 +254,8 @@ def _live() -> list[str]:
     task = found["task"]
     about = (
         f"Each searcher once on this machine, on {task['task']} ({task['train']} training rows), of which there is no pool, "
-        f"with {found['seconds']:g} CPU s for all that it does, proposing included; hypervolume up to {task['score']:g} and {task['joules']:g} J. One run each: no interval."
+        f"with {found['seconds']:g} CPU s for all that it does, proposing included; "
+        f"hypervolume up to {task['score']:g} and {task['joules']:g} J. One run each: no interval."
     )
     head = ["searcher", "trials", "volume at half of it", "at its end", "its best score", "its cheapest to run"]
     return [f"## Live\n\n{about}\n\n{cells.markdown(head, rows)}\n\nMade by `python -m benchmarks.search_live`."]
