@@ -311,7 +311,8 @@ def _about() -> str:
         f"({METERING.power}). A replay pays the CPU seconds that its trials took when they were measured, what recipes share once: training, opening, scoring, "
         f"and measuring inference where the searcher looks at it. The hypervolume is that of validation accuracy and joules of an inference, of recipes that have "
         f"seen all rows, up to a corner stated before the first run ({corners}). "
-        f"Medians over {len(SEEDS)} seeds ({SEEDS[0]} to {SEEDS[-1]}; the constants of paretune's model were chosen on seeds 0 to 7 of these pools), of {TRIALS} trials each."
+        f"Medians over {len(SEEDS)} seeds ({SEEDS[0]} to {SEEDS[-1]}; the constants of paretune's model were chosen on seeds 0 to 7 of these pools), "
+        f"of {TRIALS} trials each."
     )
 
 
