@@ -99,7 +99,7 @@ def test_limits_are_what_the_sampler_is_told(tmp_path):
 def test_a_gaussian_process_proposes_until_there_are_many_answers(monkeypatch):
     monkeypatch.setattr(studies, "FEW", 2), monkeypatch.setattr(studies, "STARTUP", 2), monkeypatch.setattr(studies, "MOST_GP", 5)
     made, itself = [], studies.surrogate.best
-    monkeypatch.setattr(studies.surrogate, "best", lambda *args, **more: made.append(len(args[2])) or itself(*args, **more))
+    monkeypatch.setattr(studies.surrogate, "best", lambda *args, **more: made.append(len(args[1])) or itself(*args, **more))
     study = Study(None, better=["higher", "lower"])
     assert len(set(answered(study, 6)[:5])) == 5 and made == [2, 3, 4]  # two by chance, three new ones by the model, then the other estimator
     study.propose(SPACE.draw, fixed={"lora.r": 7, "lora.targets": "ffn"})

@@ -29,17 +29,17 @@ def test_the_mean_over_directions_is_the_exact_hypervolume(d):
 def test_predictions_are_known_where_answers_are_and_the_mean_with_all_doubt_far_away():
     known = np.array([[x, 0.0] for x in np.linspace(-0.5, 0.5, 9)])
     y = 3 + np.sin(4 * known[:, 0])
-    mean, doubt = surrogate.predicted(known, y, np.vstack([known, [[60.0, 60.0]]]), sizes=[2])
+    mean, doubt = surrogate.predicted(known, y, at=np.vstack([known, [[60.0, 60.0]]]), sizes=[2])
     assert mean[:-1] == pytest.approx(y, abs=0.05) and (doubt[:-1] < 0.1).all()
     assert mean[-1] == pytest.approx(y.mean()) and doubt[-1] == pytest.approx(y.std())
-    between, _ = surrogate.predicted(known, y, np.array([[0.07, 0.0]]), sizes=[2])
+    between, _ = surrogate.predicted(known, y, at=np.array([[0.07, 0.0]]), sizes=[2])
     assert between[0] == pytest.approx(3 + math.sin(0.28), abs=0.05)
 
 
 def test_what_does_not_matter_is_forgotten():
     chance = np.random.default_rng(1)
     known, at = chance.random((30, 6)), chance.random((50, 6))
-    mean, _ = surrogate.predicted(known, 2 * known[:, 3], at, sizes=[1] * 6)
+    mean, _ = surrogate.predicted(known, 2 * known[:, 3], at=at, sizes=[1] * 6)
     assert np.abs(mean - 2 * at[:, 3]).mean() < 0.1 < np.abs(2 * at[:, 3] - 2 * known[:, 3].mean()).mean()
 
 
@@ -65,7 +65,7 @@ def searched(n: int, seed: int, *, model: bool) -> float:
         SPACE.draw(asked)
         params = asked.params
         if model and k >= 4:
-            params = surrogate.best(SPACE.draw, [a.params for a in answers], answers, fixed={}, aim={}, limits=[math.inf, math.inf], seed=k)
+            params = surrogate.best(SPACE.draw, answers, tried=[a.params for a in answers], fixed={}, aim={}, limits=[math.inf, math.inf], seed=k)
             assert params not in [a.params for a in answers]
         answers.append(Answer(params, losses(params), 1.0))
     return dominance.hypervolume(np.array([a.losses for a in answers]), np.array([0.0, 0.5]))
@@ -84,7 +84,7 @@ def test_the_same_seed_proposes_the_same_and_what_is_fixed_stays():
         answers.append(Answer(asked.params, losses(asked.params), 1.0))
     lr = next(name for name in answers[0].params if "lr" in name)
     given = {"fixed": {lr: 0.002}, "aim": {}, "limits": [math.inf, math.log(0.7)], "seed": 3}
-    one, again = (surrogate.best(SPACE.draw, [a.params for a in answers], answers, **given) for _ in range(2))
+    one, again = (surrogate.best(SPACE.draw, answers, tried=[a.params for a in answers], **given) for _ in range(2))
     assert one == again and one[lr] == 0.002
     assert losses(one)[1] < math.log(0.7)  # within the limit
     assert surrogate.leaves_open(SPACE.draw, {lr: 0.002}) and not surrogate.leaves_open(SPACE.draw, one)

@@ -131,7 +131,7 @@ class Study:
             return fixed
         losses = [[self._loss(value, i) for i, value in enumerate(trial.values)] for trial in answered]
         answers = [Answer(t.params, y, t.user_attrs.get("seconds", 1.0)) for t, y in zip(answered, losses, strict=True)]
-        return surrogate.best(draw, [t.params for t in trials], answers, fixed=fixed, aim=aim, limits=self.limits, seed=self._fresh_seed())
+        return surrogate.best(draw, answers, tried=[t.params for t in trials], fixed=fixed, aim=aim, limits=self.limits, seed=self._fresh_seed())
 
     def _loss(self, value: float, i: int) -> float:
         """An objective for the model, lower is better; costs by their logarithm: what is halved counts the same whatever it was."""

@@ -107,12 +107,12 @@ def leaves_open(draw: Draw, fixed: Params) -> bool:
     return bool(asked.params.keys() - fixed.keys())
 
 
-def best(draw: Draw, tried: Sequence[Params], answers: Sequence[Answer], *, fixed: Params, aim: Params, limits: Sequence[float], seed: int) -> Params:
+def best(draw: Draw, answers: Sequence[Answer], *, tried: Sequence[Params], fixed: Params, aim: Params, limits: Sequence[float], seed: int) -> Params:
     """The values of the draw that is expected to add most hypervolume for the seconds it is going to take; of none that was tried, where there are others.
 
     Args:
+        answers: of the proposals that have one.
         tried: values of all proposals so far.
-        answers: of those that have one.
         fixed: values of which nothing else is drawn.
         aim: values in whose place the answers matter, as all rows while few are tried.
         limits: of each objective what it must not exceed; infinite where it has none.
@@ -141,7 +141,7 @@ def best(draw: Draw, tried: Sequence[Params], answers: Sequence[Answer], *, fixe
         return fixed
     known, sizes = _points([answer.params for answer in answers], holes), [len(hole.vector(None)) for hole in holes.values()]
     gains = _gains(known, values, _points([{**params, **aim} for params in new], holes), sizes=sizes, limits=np.array(limits), seed=seed)
-    seconds, _ = predicted(known, np.log([max(answer.seconds, 1e-3) for answer in answers]), _points(new, holes), sizes=sizes)
+    seconds, _ = predicted(known, np.log([max(answer.seconds, 1e-3) for answer in answers]), at=_points(new, holes), sizes=sizes)
     return new[int((gains / np.exp(seconds)).argmax())]
 
 
@@ -154,7 +154,7 @@ def _gains(known: np.ndarray, values: np.ndarray, at: np.ndarray, *, sizes: Sequ
     random_state = np.random.default_rng(seed)
     columns = []
     for y in values.T:
-        mean, deviation = predicted(known, y, at, sizes=sizes)
+        mean, deviation = predicted(known, y, at=at, sizes=sizes)
         columns.append(mean + deviation * random_state.standard_normal((SAMPLES, 1)))
     drawn = np.stack(columns, -1)  # (samples, m, d)
     corner = np.minimum(values.max(0), limits)
@@ -178,7 +178,7 @@ def scalarized(better: np.ndarray, ways: np.ndarray) -> np.ndarray:
     return np.min(np.maximum(better, 0.0)[..., None, :] / ways, -1) ** ways.shape[1]
 
 
-def predicted(known: np.ndarray, y: np.ndarray, at: np.ndarray, *, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def predicted(known: np.ndarray, y: np.ndarray, *, at: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of an objective at points (m, f), from its values (n,) at known ones (n, f); `sizes`: features of each hole."""
     shift, scale = y.mean(), y.std() or 1.0
     target = torch.as_tensor((y - shift) / scale)
