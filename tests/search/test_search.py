@@ -134,6 +134,18 @@ def test_models_that_are_made_alike_are_measured_once(place, tmp_path):
         assert other.record["cost_measured_on"] == other.id
 
 
+def test_a_model_made_alike_for_another_task_is_measured_anew(place, tmp_path):
+    (tmp_path / "longer.csv").write_text((place / "data.csv").read_text().replace("the ", "the very long and very winding "))
+    ids = []
+    for data in (place / "data.csv", tmp_path / "longer.csv"):
+        given = {"space": read(SPACE), "backbones": {"bert": str(place / "bert")}, "out": tmp_path / "out", "options": options()}
+        bench = Live(pt.task(str(data), text="text", label="label"), **given, costs=("latency_p50_ms",))
+        made = pt.read_run(tmp_path / "out" / "runs" / bench.work("lora(r=1) | merge", 30, seed=0, watch=lambda spent: None).run)
+        assert made.record["cost_measured_on"] == made.id
+        ids.append((made.id, store.structure(made.model)))
+    assert ids[0][0] != ids[1][0] and ids[0][1] == ids[1][1]
+
+
 def test_it_chooses_among_backbones_and_measures_each(place, tmp_path):
     tiny.model("distilbert", "base").save_pretrained(place / "distilbert")
     tiny.tokenizer().save_pretrained(place / "distilbert")

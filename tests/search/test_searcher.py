@@ -31,6 +31,18 @@ def told(folder: Path) -> list[tuple[str, int, str]]:
     return [(e.recipe, e.rows, e.state) for e in entries(folder)]
 
 
+@pytest.mark.parametrize(("fixed_s", "budget_s", "begins"), [
+    (0.0, 1e6, 0),  # a trial on few rows costs a ninth
+    (6.0, 1e6, 0),  # 7 of 15 s
+    (9.0, 1e6, -1),  # nearly all of it is not training
+    (9.0, 100.0, 0),  # and yet: nine on all rows cannot be paid
+])  # fmt: skip
+def test_it_begins_on_few_rows_where_these_are_cheap_or_all_are_dear(tmp_path, fixed_s, budget_s, begins):
+    it = searcher(tmp_path, Pool(), budget={"train_s": budget_s})
+    it._first = lambda rows: {"train_s": fixed_s + 9.0 * rows / RUNGS[-1], "train_cpu_s": 0.0, "train_energy_j": 0.0}
+    assert it._least() == RUNGS[begins]
+
+
 @pytest.mark.parametrize("seconds", [25.0, 60.0])
 @pytest.mark.parametrize("slow", [1.0, 4.0])
 def test_it_never_spends_past_its_budget(tmp_path, seconds, slow):

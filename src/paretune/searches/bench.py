@@ -86,7 +86,7 @@ class Live:
         window_s = PROTOCOLS[metering.protocol].window_s
         self.meter = energy.find(metering.power, metering.profile, device=options.compute.device, window_s=window_s)
         self.measure_s = 0.0 if self.measured else MEASURE_S
-        self._like: dict[str, str] = {}  # a measured run of each structure; filled when it is first asked
+        self._like: dict[str, str] = {}  # of models that are made alike a measured run; filled when it is first asked
         self._mark = self.meter.now()  # until when all that was spent is told; a trial is charged what led to it, too
 
     def key(self, recipe: str, rows: int) -> str:
@@ -134,13 +134,14 @@ class Live:
     def _measured(self, made: Run, plan: Plan) -> Run:
         """The run with its costs: those of a measured run that is made alike, where there is one here; a model's work does not depend on what it learned."""
         if not self._like:
-            known = [run for run in store.finished(self.out) if runs.is_measured(run)]
-            self._like = {store.structure(run.model): run.id for run in known}
-        structure = store.structure(made.model)
-        if structure in self._like:
-            return _measured_as(made, Run.read(self.out / "runs" / self._like[structure]))
+            protocol = self.options.metering.protocol
+            known = [run for run in store.finished(self.out) if runs.is_measured(run) and run.cost.protocol == protocol]
+            self._like = {_work(run): run.id for run in known}
+        work = _work(made)
+        if work in self._like:
+            return _measured_as(made, Run.read(self.out / "runs" / self._like[work]))
         (made,) = self._measure([made], plan.task, plan.options, peaks="peak_memory_mb" in self.costs)
-        self._like[structure] = made.id
+        self._like[work] = made.id
         return made
 
     def _measure(self, made: list[Run], task: Task, options: Options, *, peaks: bool = True) -> list[Run]:
@@ -181,6 +182,12 @@ def _done(plan: Plan) -> list[dict[str, Any]]:
     kept = ("id", "spelling", "examples", *SUMS)
     files = [plan.folder(k) / "phase.json" for k in range(1, 1 + len(plan.recipe.phases))]
     return [{name: phase.get(name) for name in kept} for file in files if file.is_file() for phase in [store.read_json(file)]]
+
+
+def _work(run: Run) -> str:
+    """A name for what a measurement of the run does: a model of some structure, on some examples, on a processor."""
+    examples, where = store.read_json(run.folder / "sample.json"), run.record["environment"]["device"]
+    return store.identity({"structure": store.structure(run.model), "task": run.record["task"], "examples": examples, "device": where})
 
 
 def _measured_as(made: Run, other: Run) -> Run:

@@ -50,20 +50,20 @@ class Asked:
 
     def suggest_int(self, name: str, *, low: int, high: int, log: bool = False) -> int:
         """A whole number from low to high."""
-        return int(self._remembered(name, Hole(low, high, log), self.chance.suggest_int(name, low=low, high=high, log=log)))
+        return int(self._remembered(name, Hole(low, high, log), lambda: self.chance.suggest_int(name, low=low, high=high, log=log)))
 
     def suggest_float(self, name: str, *, low: float, high: float, log: bool = False) -> float:
         """A number from low to high."""
-        return float(self._remembered(name, Hole(low, high, log), self.chance.suggest_float(name, low=low, high=high, log=log)))
+        return float(self._remembered(name, Hole(low, high, log), lambda: self.chance.suggest_float(name, low=low, high=high, log=log)))
 
     def suggest_categorical(self, name: str, choices: Sequence[str]) -> str:
         """One of the choices."""
-        return str(self._remembered(name, Hole(choices=tuple(choices)), self.chance.suggest_categorical(name, choices)))
+        return str(self._remembered(name, Hole(choices=tuple(choices)), lambda: self.chance.suggest_categorical(name, choices)))
 
-    def _remembered(self, name: str, hole: Hole, drawn: Any) -> Any:
+    def _remembered(self, name: str, hole: Hole, drawn: Callable[[], Any]) -> Any:
         self.holes[name] = hole
         given = self.given.get(name)
-        return self.params.setdefault(name, given if given is not None and hole.holds(given) else drawn)
+        return self.params.setdefault(name, given if given is not None and hole.holds(given) else drawn())
 
 
 @dataclasses.dataclass(frozen=True)
