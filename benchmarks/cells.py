@@ -9,11 +9,13 @@ A cell that was not run reads 'not run'. Several processes may fill one table: e
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
 import fcntl
 import json
+import multiprocessing
 import re
 import statistics
 import subprocess
@@ -88,6 +90,12 @@ class Table:
         self.file(cell.name).parent.mkdir(parents=True, exist_ok=True)
         self.file(cell.name).write_text(json.dumps(figures, indent=1) + "\n")
         print(f"{cell.name}: {figures['score']:.4f} in {figures['wall_s']:.0f} s", flush=True)
+
+
+def fresh(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What a module's function gives in a process of its own, whose memory nothing else has been in."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

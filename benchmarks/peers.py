@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -40,11 +39,13 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
+    importlib.import_module(job["library"])
     set_seed(job["seed"])
     tokenizer = AutoTokenizer.from_pretrained(job["source"])
     trainer_class: Any = Trainer
     if job["library"] == "adapters":
         from adapters import AdapterTrainer as trainer_class  # noqa: N813
+    before = _memory_mb("VmRSS")
     model = _MODELS[job["library"]](job)
     rows = {split: _rows(tokenizer, job, split) for split in ("train", "test")}
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +57,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         trainer = trainer_class(model=model, args=arguments, train_dataset=rows["train"], data_collator=DataCollatorWithPadding(tokenizer))
         wall, cpu = time.perf_counter(), time.process_time()
         trainer.train()
-        seconds, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        seconds, cpu, peak = time.perf_counter() - wall, time.process_time() - cpu, _memory_mb("VmHWM")
         arguments = TrainingArguments(output_dir=folder, use_cpu=True, disable_tqdm=True, report_to=[], bf16=job["bf16"], per_device_eval_batch_size=64)
         order = sorted(range(len(rows["test"])), key=lambda i: len(rows["test"][i]["input_ids"]))  # little padding here, too
         trainer = trainer_class(model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer))
@@ -66,10 +67,15 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     predictions = dict(zip(order, torch.as_tensor(answers.predictions).tolist(), strict=True))
     return {
         "predictions": [predictions[i] for i in range(len(order))], "train_s": seconds,
-        "train_cpu_s": cpu, "process_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "head_parameters": head,
+        "train_cpu_s": cpu, "train_peak_mb": peak, "added_mb": peak - before, "head_parameters": head,
         "trainable_parameters": sum(learns.values()) - head,
         "versions": {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", job["library"])},
     }  # fmt: skip
+
+
+def _memory_mb(line: str) -> float:
+    """Of this process: its resident memory (VmRSS), or the highest so far (VmHWM); Linux has them."""
+    return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(line)).split()[1]) * 1024 / 1e6
 
 
 def _grouping(arguments: type) -> dict[str, Any]:
