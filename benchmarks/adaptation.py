@@ -111,17 +111,13 @@ def _peer(peer: tuple[str, str, dict[str, Any], tuple[float, ...]], given: Task,
     from paretune.meters import system
 
     library, config, arguments, _ = peer
-    columns = [given.columns["text"], given.columns.get("pair")]
-    asked = {"train": given.train, "test": type(given.test)([*given.validation, *given.test])}
-    label = given.columns["label"]
-    job = {
-        "library": library, "config": config, "arguments": arguments, "source": str(backbones.find("minilm").source), "outputs": len(given.labels) or 1,
-        "texts": {split: [[row[c] if c else None for c in columns] for row in rows] for split, rows in asked.items()},
-        "labels": {split: [given.labels.index(row[label]) if given.labels else float(row[label]) for row in rows] for split, rows in asked.items()},
-        "lr": lr, "epochs": EPOCHS, "batch": BATCH, "seed": seed, "max_length": LONGEST,
-        "bf16": system.fastest_dtype().dtype == "bf16",
-    }  # fmt: skip
-    found = peers.ask(job, python=INTERPRETERS[library])
+    source = str(backbones.find("minilm").source)
+    pace = {"dtype": system.fastest_dtype().dtype}
+    train, validation, test = (data.encoded(given, split, source=source, longest=LONGEST) for split in ("train", "validation", "test"))
+    job = {"library": library, "config": config, "arguments": arguments, "source": source, "outputs": len(given.labels) or 1, "train": train,
+           "test": [*validation, *test], "lr": lr, "epochs": EPOCHS, "batch": BATCH, "seed": seed, "like_ours": pace}  # fmt: skip
+    with peers.Worker(str(INTERPRETERS[library]), peers.__file__) as worker:
+        found = worker.ask(job)
     answers = [torch.tensor(p).softmax(-1).tolist() if given.labels else p[0] for p in found.pop("predictions")]
     split = len(given.validation)
     return found | {

@@ -62,13 +62,14 @@ class Table:
         parser = argparse.ArgumentParser(description=f"Fills the table {self.name}.")
         parser.add_argument("--hours", type=float, default=1.0, help="begin no cell after so many hours")
         parser.add_argument("--only", default="", help="cells whose name holds this text")
+        parser.add_argument("--afresh", action="store_true", help="run the cells that were run, too")
         parser.add_argument("--table", action="store_true", help="write the page from the files alone")
         asked = parser.parse_args()
         until = 0.0 if asked.table else time.monotonic() + 3600 * asked.hours
         for cell in self.cells():
             if asked.only in cell.name and time.monotonic() < until:
                 with self._alone(cell.name) as free, contextlib.suppress(NotYetError):
-                    if free and not self.file(cell.name).is_file():
+                    if free and (asked.afresh or not self.file(cell.name).is_file()):
                         self.fill(cell)
         (ROOT / "docs" / f"{self.name}.md").write_text(self.page(self))
 

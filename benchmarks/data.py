@@ -28,6 +28,7 @@ TASKS: dict[str, dict[str, Any]] = {  # the file to train on, and the arguments 
     "books_doyle": {"file": "train.jsonl.gz", "text": "text", "test": "test.jsonl.gz"},
     "e2e_nlg": {"file": "train.jsonl.gz", "text": "mr", "label": "references", "test": "test.jsonl.gz"},
 }
+DECODER = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12, "num_key_value_heads": 12}
 
 
 def task(name: str, *, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0) -> Task:
@@ -42,6 +43,45 @@ def few(rows: Any, n: int | None) -> Any:
     """n of the rows, always the same ones."""
     kept = range(len(rows)) if n is None or n >= len(rows) else sorted(random.Random(0).sample(range(len(rows)), n))
     return type(rows)(rows[i] for i in kept)
+
+
+def decoder(folder: Path, *, length: int) -> str:
+    """A Llama-shaped decoder of 6 layers of width 768 that reads so many tokens, its weights random, saved in the folder."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER / "checkpoints" / "books-gpt2")
+    tokenizer.model_max_length = length
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=length, eos_token_id=tokenizer.eos_token_id, **DECODER)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def books(*, tokens: int) -> Task:
+    """About so many tokens of the books to train on (a token is some four characters), none to validate, and a few thousand to test on."""
+    whole = task("books_doyle")
+    column = whole.columns["text"]
+    kept = {"train": 5 * tokens, "validation": 0, "test": 20_000}
+    cut = {split: "\n".join(row[column] for row in whole.rows(split))[:n] for split, n in kept.items()}
+    return dataclasses.replace(whole, **{split: type(whole.train)([{column: text}] if text else []) for split, text in cut.items()})
+
+
+def encoded(given: Task, split: str, *, source: str, longest: int) -> list[dict[str, Any]]:
+    """What another library is given of a split: the texts as a backbone's tokenizer encodes them, with their labels; of a language model, whole blocks."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    if "label" not in given.columns:
+        blocks = [e["input_ids"] for e in given.encode(given.rows(split), tokenizer, max_length=longest)]
+        return [{"input_ids": ids, "attention_mask": [1] * longest, "labels": ids} for ids in map(list, blocks) if len(ids) == longest]
+    first, second, label = given.columns["text"], given.columns.get("pair"), given.columns["label"]
+    found = []
+    for row in given.rows(split):
+        encoding = tokenizer(row[first], row[second] if second else None, truncation=True, max_length=longest)
+        found.append({**encoding, "labels": given.labels.index(row[label]) if given.labels else float(row[label])})
+    return found
 
 
 def one_run(recipe: str, given: Task, *, seed: int = 0, backbone: str = "minilm", **training: Any) -> dict[str, Any]:

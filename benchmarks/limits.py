@@ -9,7 +9,6 @@ threads. torch's profiler says where the time of the same steps went. Needs the 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 import tempfile
@@ -32,7 +31,6 @@ from paretune.tasks import Task
 
 RECIPES = ("full", "lora(r=8)")
 MODELS = {"minilm, SST-2": (32, 12), "decoder, 256 tokens": (8, 6), "decoder, 1,024 tokens": (2, 6)}  # batch, steps
-SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12, "num_key_value_heads": 12}
 LARGE = 2048  # rows and columns of the products that the peak is taken from
 WARM = 2  # steps that are not counted
 KINDS = {  # a pattern of torch's operators -> what they do; the first that fits
@@ -80,22 +78,11 @@ def one(text: str, name: str) -> dict[str, Any]:
 
 
 def _subject(name: str, folder: Path, *, rows: int) -> tuple[str, Task]:
-    """(backbone, task): MiniLM with SST-2, or a Llama-shaped decoder of 6 layers of width 768, its weights random, with blocks of the books."""
+    """(backbone, task): MiniLM with SST-2, or a decoder whose weights are random with blocks of the books."""
     if name.startswith("minilm"):
         return "minilm", data.task("sst2", train=rows, validation=0, test=1)
-    import transformers
-
     length = int(re.sub(r"\D", "", name))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(data.FOLDER / "checkpoints" / "books-gpt2")
-    tokenizer.model_max_length = length
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=length, eos_token_id=tokenizer.eos_token_id, **SHAPE)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    whole = data.task("books_doyle")
-    column, characters = whole.columns["text"], rows * length * 5  # over four characters to a token
-    joined = "\n".join(row[column] for row in whole.train)[:characters]
-    return str(folder), dataclasses.replace(whole, train=type(whole.train)([{column: joined}]), validation=type(whole.train)())
+    return data.decoder(folder, length=length), data.books(tokens=rows * length)
 
 
 class Watch(Events):

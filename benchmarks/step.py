@@ -1,8 +1,9 @@
-"""What batches cut to a CPU's caches (`batches.parts`) save in training.
+"""What batches cut to a CPU's caches (`batches.parts`) and few widths of batches (`batches.width`) save in training.
 
-    python -m benchmarks.step [--examples 160] [--rounds 3]
+    python -m benchmarks.step [--rounds 3]
 
-LoRA of the attention's maps on stdlib-topics, one epoch. Each variant trains in a fresh process; they take turns, and one runs twice as the A/A control.
+LoRA, one epoch. Each variant trains in a fresh process; they take turns, and one runs twice as the A/A control. Needs the folder of data sets
+(`benchmarks/data.py`).
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks import cells, rows, step_parts
+from paretune import batches
+from paretune.meters import memory
 
-VARIANTS = {"as it is": True, "as it is, again": True, "batches whole": False}  # are batches cut?
+WHOLE, AS_THEY_COME = "batches whole", "widths as they come"
+VARIANTS = ("as it is", "as it is, again", WHOLE, AS_THEY_COME)
+SUBJECTS: dict[str, dict[str, Any]] = {"stdlib-topics": {"train": 160, "batch": 32}, "sst2": {"train": 600, "batch": 16}}
 FILE = Path(__file__).parent / "results" / "step.json"
 PAGE = Path(__file__).parent.parent / "docs" / "step.md"
 
@@ -25,54 +28,59 @@ PAGE = Path(__file__).parent.parent / "docs" / "step.md"
 def main() -> None:
     """Runs the variants in turn and writes the file and the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="only write docs/step.md from the file")
-    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.one:
-        print(json.dumps(one(VARIANTS[asked.one], examples=asked.examples)))
-        return
     if not asked.table:
-        rounds = [{name: _apart(name, asked.examples) for name in (list(VARIANTS)[::-1] if i % 2 else VARIANTS)} for i in range(asked.rounds)]
-        FILE.write_text(json.dumps({"examples": asked.examples, "rounds": rounds}, indent=1) + "\n")
+        found = {subject: [_round(subject, VARIANTS[:: -1 if i % 2 else 1]) for i in range(asked.rounds)] for subject in SUBJECTS}
+        FILE.write_text(json.dumps(found, indent=1) + "\n")
     PAGE.write_text(page(json.loads(FILE.read_text())))
 
 
-def _apart(name: str, examples: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.step", "--one", name, "--examples", str(examples)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+def _round(subject: str, variants: tuple[str, ...]) -> dict[str, Any]:
+    return {name: cells.fresh(one, subject, name) for name in variants}
 
 
-def one(cut: bool, *, examples: int) -> dict[str, Any]:
+def one(subject: str, variant: str) -> dict[str, Any]:
     """The figures of one training in this process."""
     import paretune as pt
     from benchmarks import data
-    from paretune import batches
 
-    if not cut:
+    if variant == WHOLE:
         batches.CACHED = 10**9
-    made = data.one_run('lora(targets="attention")', pt.task("stdlib-topics").subset(examples), epochs=1)
-    return {k: made[k] for k in ("train_s", "train_cpu_s", "train_peak_mb", "score")} | {
-        "cpu": made["environment"].get("cpu"), "dtype": made["phases"][0]["dtype"]}  # fmt: skip
+    if variant == AS_THEY_COME:
+        batches.width = lambda lengths, most: max(lengths)
+    train, batch = SUBJECTS[subject]["train"], SUBJECTS[subject]["batch"]
+    task = pt.task(subject).subset(train) if subject not in data.TASKS else data.task(subject, train=train, validation=200, test=200)
+    with memory.Peak() as peak:
+        made = data.one_run('lora(targets="attention")', task, epochs=1, batch=batch)
+    return {k: made[k] for k in ("train_s", "train_cpu_s", "score")} | {
+        "added_mb": made["train_peak_mb"] - peak.before_mb, "cpu": made["environment"].get("cpu"), "dtype": made["phases"][0]["dtype"]}  # fmt: skip
 
 
 def page(found: dict[str, Any]) -> str:
     """docs/step.md, from the file."""
-    rounds = found["rounds"]
-    some = rounds[0]["as it is"]
-    return f"""# What cut batches save on a CPU
+    some = found["sst2"][0]["as it is"]
+    return f"""# What cut batches and few widths save on a CPU
 
-LoRA of the attention's maps on {found["examples"]} texts of stdlib-topics, one epoch with its validation pass and the probe before it, {some["dtype"]}, on
-{some["cpu"]}. Medians of {len(rounds)} rounds, a fresh process each, in turn; the ratios are to `as it is` of the same round, with their range.
-`as it is, again` is the A/A control.
+LoRA of the attention's maps, one epoch with its validation pass and the probe before it, {some["dtype"]}, on {some["cpu"]}. Medians of
+{len(found["sst2"])} rounds, a fresh process each, in turn; the ratios are to `as it is` of the same round, with their range; memory is what training adds to the
+process. `as it is, again` is the A/A control.
 
-{cells.markdown(["variant", "train CPU s", "CPU time, ratio", "wall time, ratio", "peak memory MB"], (_row(name, rounds) for name in VARIANTS))}
+As it is, a batch passes through the model in parts of at most {batches.CACHED:,} tokens, and is padded to a multiple of 4 tokens, of 8 beyond 64, of 16 beyond
+128: oneDNN compiles kernels for every shape it meets and keeps them, which costs time once and memory for good.
 
+{"".join(_table(subject, rounds) for subject, rounds in found.items())}
 Made by `python -m benchmarks.step` from `benchmarks/results/step.json`; `--table` makes it again from the file.
 
 {step_parts.section()}
 {rows.section()}"""
+
+
+def _table(subject: str, rounds: list[dict[str, Any]]) -> str:
+    about = SUBJECTS[subject]
+    shown = cells.markdown(["variant", "train CPU s", "CPU time, ratio", "wall time, ratio", "memory MB"], (_row(name, rounds) for name in VARIANTS))
+    return f"{about['train']} texts of {subject}, batches of {about['batch']}:\n\n{shown}\n"
 
 
 def _row(name: str, rounds: list[dict[str, Any]]) -> list[str]:
@@ -83,7 +91,7 @@ def _row(name: str, rounds: list[dict[str, Any]]) -> list[str]:
     def middle(key: str) -> float:
         return statistics.median(r[name][key] for r in rounds)
 
-    return [name, f"{middle('train_cpu_s'):.1f}", ratio("train_cpu_s"), ratio("train_s"), f"{middle('train_peak_mb'):,.0f}"]
+    return [name, f"{middle('train_cpu_s'):.1f}", ratio("train_cpu_s"), ratio("train_s"), f"{middle('added_mb'):,.0f}"]
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ class Loop:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.encodings = encode(task, task.train, model=model)
         self.lengths = [task.kind.length(e) for e in self.encodings]
+        self.longest = max(self.lengths)
         self.split = features.Split(model, self.encodings)
         self.optimizer = adamw.optimizer(self.parameters, schedule, in_head=surgery.in_head(model))
         self.tokens: int | None = None  # at most so many at once, where memory is limited
@@ -219,7 +220,7 @@ class Loop:
         """(summed loss with every modifier's share, number of targets) of one batch on the device."""
         for events in self.events:
             batch = events.inputs(self, batch)
-        with probe.autocast(self.pace), self.split.passing(self.indices), cross_entropy.skipped(self.output):
+        with probe.autocast(self.pace), self.split.passing(self.indices, batch), cross_entropy.skipped(self.output):
             outputs = self._forward(**packing.inputs(self, batch))
         loss, count = cross_entropy.of(self.task.kind, outputs, batch=batch, output=self.output, within=probe.autocast(self.pace))
         for events in self.events:
@@ -290,7 +291,8 @@ class Loop:
 
     def collate(self, encodings: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch of encodings on the device."""
-        return _to_device(self.task.kind.collate(encodings, _processor(self.model)), self.accelerator.device)
+        width = batches.width([self.task.kind.length(e) for e in encodings], most=self.longest)
+        return _to_device(self.task.kind.collate(encodings, _processor(self.model), width=width), self.accelerator.device)
 
 
 def watched_of(task: Task) -> int:
@@ -324,8 +326,9 @@ def read(
     with torch.inference_mode(), probe.autocast(pace):
         together = batches.by_length(lengths, batch)
         for indices in [part for whole in together for part in batches.parts(whole, lengths)] if device.type == "cpu" else together:
-            inputs = _to_device(task.kind.collate([encodings[i] for i in indices], _processor(model)), device)
-            with split.passing(indices):
+            width = batches.width([lengths[i] for i in indices], most=max(lengths))
+            inputs = _to_device(task.kind.collate([encodings[i] for i in indices], _processor(model), width=width), device)
+            with split.passing(indices, inputs):
                 outputs = model(**task.kind.inputs(inputs))
             for i, answer in zip(indices, answers(inputs, outputs), strict=True):
                 found[i] = answer

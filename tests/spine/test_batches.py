@@ -31,6 +31,26 @@ def test_a_batch_cut_to_caches_learns_what_the_whole_one_does(monkeypatch):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_batches_come_in_few_widths_and_no_wider_than_the_longest_text():
+    assert [batches.width([3, n], most=10_000) for n in (4, 5, 64, 65, 128, 129, 300)] == [4, 8, 64, 72, 128, 144, 304]
+    assert batches.width([3, 37], most=38) == 38
+    assert batches.width([5], most=5) == 5, "a text alone has no padding"
+    assert len({batches.width([n], most=10_000) for n in range(1, 513)}) == 48
+
+
+def test_a_batch_is_padded_to_its_width_and_learns_the_same(monkeypatch):
+    losses, widths = [], []
+    for width in (batches.width, lambda lengths, most: max(lengths)):
+        monkeypatch.setattr(batches, "width", width)
+        model = work.ready("bert")
+        surgery.attach(model, [Full()])
+        task = work.text_task()
+        model.register_forward_pre_hook(lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+        losses.append([e["loss"] for e in work.fitted(model, task, batch=3, dropout=False).epochs])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(set(widths[: len(widths) // 2])) < len(set(widths[len(widths) // 2 :]))
+
+
 def test_a_budget_of_tokens_makes_steps_of_like_size_and_visits_each_example_once():
     random, lengths = torch.Generator().manual_seed(3), torch.randint(3, 60, (500,), generator=torch.Generator().manual_seed(2)).tolist()
     for pack in (False, True):

@@ -56,8 +56,8 @@ class Split:
         return [True if p.requires_grad else p._version for p in self.parameters]
 
     @contextlib.contextmanager
-    def passing(self, indices: Sequence[int]) -> Iterator[None]:
-        """Within the block the model is called on these examples: f has no dropout, and is not computed where it is kept; else its output is kept.
+    def passing(self, indices: Sequence[int], batch: dict[str, Tensor]) -> Iterator[None]:
+        """Within the block the model is called on a batch of these examples: f has no dropout, and is not computed where it is kept; else its output is kept.
 
         Once something has changed what was frozen, passes are whole, as without a cut.
         """
@@ -66,28 +66,30 @@ class Split:
         if self.cut is None:
             yield
             return
-        lengths = [self.lengths[i] for i in indices]
         known = self.shelf is not None and self.shelf.holds(indices)
+        tokens = batch["input_ids"].shape[1] if "input_ids" in batch else max(self.lengths)
         with contextlib.ExitStack() as undo:
             undo.enter_context(cuts.without_dropout(self.around if known else self.frozen))
             if known:
-                undo.enter_context(cuts.given(self.model, self.cut, z=self._read(indices, lengths)))
+                undo.enter_context(cuts.given(self.model, self.cut, z=self._read(indices, tokens)))
             elif self.shelf is not None:
-                undo.enter_context(cuts.answered(self.model.get_submodule(self.cut.path), functools.partial(self._keep, indices, lengths)))
+                undo.enter_context(cuts.answered(self.model.get_submodule(self.cut.path), functools.partial(self._keep, indices)))
             yield
 
-    def _read(self, indices: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    def _read(self, indices: Sequence[int], tokens: int) -> Tensor:
         """z (B, T, D) as it is kept."""
         assert self.cut is not None and self.shelf is not None
-        return self.cut.spread(self.shelf.stacked(indices).to(self.parameters[0].device), lengths)
+        kept = self.shelf.stacked(indices).to(self.parameters[0].device)
+        return self.cut.spread(kept, [self.lengths[i] for i in indices], tokens=tokens)
 
-    def _keep(self, indices: Sequence[int], lengths: Sequence[int], compute: Callable[[], Any]) -> Any:
+    def _keep(self, indices: Sequence[int], compute: Callable[[], Any]) -> Any:
         """Keeps what the module answers; the pass goes on with what was kept of it, as later ones will."""
         assert self.cut is not None and self.shelf is not None
-        rows = self.cut.rows(cuts.states(compute()), lengths)
+        z = cuts.states(compute())
+        rows = self.cut.rows(z, [self.lengths[i] for i in indices])
         for i, matrix in zip(indices, rows.split([self.most[i] for i in indices]), strict=True):
             self.shelf.put(i, matrix)
-        return self.cut.answer(self._read(indices, lengths))
+        return self.cut.answer(self._read(indices, z.shape[1]))
 
 
 class Features:
@@ -133,9 +135,10 @@ class Features:
             return 0.0
         order = sorted(range(len(self.train.encodings)), key=self.loop.lengths.__getitem__)
         middle = order[max(0, len(order) // 2 - 4) : len(order) // 2 + 4]
-        batch, lengths = self.loop.collate([self.train.encodings[i] for i in middle]), [self.train.lengths[i] for i in middle]
+        batch = self.loop.collate([self.train.encodings[i] for i in middle])
+        tokens = batch["input_ids"].shape[1] if "input_ids" in batch else max(self.train.lengths)
         whole = flops.forward(lambda: model(**inputs(batch)), model).value
-        z = torch.zeros(len(middle), max(lengths), self.cut.width, dtype=model.dtype, device=self.loop.accelerator.device)
+        z = torch.zeros(len(middle), tokens, self.cut.width, dtype=model.dtype, device=self.loop.accelerator.device)
         with cuts.given(model, self.cut, z=z):
             rest = flops.forward(lambda: model(**inputs(batch)), model).value
         return None if whole is None else -(whole - (rest or 0.0)) / len(middle) * max(0, self.loop.examples - shelf.count())

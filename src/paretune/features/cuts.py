@@ -44,21 +44,21 @@ class Cut:
         """How many tokens each example has."""
         return [self.tokens or len(e["input_ids"]) for e in encodings]
 
-    def mask(self, lengths: Sequence[int]) -> Tensor:
+    def mask(self, lengths: Sequence[int], tokens: int) -> Tensor:
         """(B, T): which tokens are kept."""
-        at, n = torch.arange(max(lengths)), torch.tensor(lengths)[:, None]
+        at, n = torch.arange(tokens), torch.tensor(lengths)[:, None]
         return {"first": at.expand(len(lengths), -1) == 0, "last": at == n - 1, "all": at < n}[self.positions]
 
     def rows(self, z: Tensor, lengths: Sequence[int]) -> Tensor:
         """What is kept (R, D) of z (B, T, D)."""
-        return z[self.mask(lengths).to(z.device)]
+        return z[self.mask(lengths, z.shape[1]).to(z.device)]
 
-    def spread(self, rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    def spread(self, rows: Tensor, lengths: Sequence[int], *, tokens: int) -> Tensor:
         """z (B, T, D) out of what was kept: one token stands in all places; else padding is zero."""
         rows = rows.to(self.dtype)
         if self.positions != "all":
-            return rows[:, None].expand(-1, max(lengths), -1)
-        return rows.new_zeros(len(lengths), max(lengths), self.width).masked_scatter(self.mask(lengths)[..., None].to(rows.device), rows)
+            return rows[:, None].expand(-1, tokens, -1)
+        return rows.new_zeros(len(lengths), tokens, self.width).masked_scatter(self.mask(lengths, tokens)[..., None].to(rows.device), rows)
 
 
 def found(loop: Loop) -> Cut | None:
@@ -113,9 +113,9 @@ def _cuts(path: str, skipped: tuple[str, ...], out: Any, batch: dict[str, Tensor
 
 def _resumed(model: nn.Module, kind: Any, batch: dict[str, Tensor], cut: Cut, z: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     """The answers from what the cut keeps of z, in detail: all else that f gives is not a number."""
-    x = cut.spread(cut.rows(z, lengths), lengths)
+    x = cut.spread(cut.rows(z, lengths), lengths, tokens=z.shape[1])
     if cut.positions != "all":
-        x = x.masked_fill(~cut.mask(lengths)[..., None].to(z.device), torch.nan)
+        x = x.masked_fill(~cut.mask(lengths, z.shape[1])[..., None].to(z.device), torch.nan)
     with torch.no_grad(), given(model, cut, z=x, skipped=torch.full_like(x, torch.nan)):
         return kind.answered(model(**kind.inputs(batch)), batch)
 

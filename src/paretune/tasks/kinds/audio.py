@@ -35,7 +35,7 @@ class Audio(Image):
             value = {"array": value, "sampling_rate": int(cell(columns["rate"], raw))}
         return {columns["audio"]: value}
 
-    def collate(self, encodings: Sequence[Encoding], processor: Any) -> Batch:
+    def collate(self, encodings: Sequence[Encoding], processor: Any, *, width: int = 0) -> Batch:
         """What the feature extractor makes: input_values (B, ...), and a mask where it makes one."""
         sounds = [_sound(e["file"], processor.sampling_rate) for e in encodings]
         padding = inspect.signature(processor.__call__).parameters.get("padding")

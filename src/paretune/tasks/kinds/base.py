@@ -137,9 +137,9 @@ class Kind:
         """The label as a number, or list of numbers, for the loss."""
         return task.labels.index(label)
 
-    def collate(self, encodings: Sequence[Encoding], processor: Any) -> Batch:
-        """A batch, padded to its longest encoding."""
-        batch = pad([{k: v for k, v in e.items() if k != "labels"} for e in encodings], processor)
+    def collate(self, encodings: Sequence[Encoding], processor: Any, *, width: int = 0) -> Batch:
+        """A batch, padded to its longest encoding, or to so many tokens where that is more."""
+        batch = pad([{k: v for k, v in e.items() if k != "labels"} for e in encodings], processor, width=width)
         return batch | self.label_tensor(encodings)
 
     def label_tensor(self, encodings: Sequence[Encoding]) -> Batch:
@@ -287,12 +287,12 @@ def tokenize(processor: Any, columns: Sequence[Sequence[Any]], *, max_length: in
     return [{name: values[i] for name, values in out.items()} for i in range(len(columns[0]))]
 
 
-def pad(encodings: Sequence[Encoding], processor: Any) -> Batch:
-    """Lists of token numbers as tensors (B, longest); the mask is 0 on padding.
+def pad(encodings: Sequence[Encoding], processor: Any, *, width: int = 0) -> Batch:
+    """Lists of token numbers as tensors (B, longest), or (B, width) where that is more; the mask is 0 on padding.
 
     Padding stands on the right whatever the tokenizer's side: there no model's positions or causal attention see it.
     """
-    longest = max(len(e["input_ids"]) for e in encodings)
+    longest = max(width, *(len(e["input_ids"]) for e in encodings))
     return {name: pad_to(longest, [e[name] for e in encodings], filler=_filler(name, processor)) for name in encodings[0]}
 
 

@@ -67,11 +67,11 @@ class Choice(Kind):
     def label_value(self, task: Task, label: int) -> int:
         return label
 
-    def collate(self, encodings: Sequence[Encoding], processor: Any) -> Batch:
+    def collate(self, encodings: Sequence[Encoding], processor: Any, *, width: int = 0) -> Batch:
         """Tensors (B, choices, T)."""
         names = [name for name in encodings[0] if name != "labels"]
         flat = [dict(zip(names, values, strict=True)) for e in encodings for values in zip(*(e[name] for name in names), strict=True)]
-        batch = {name: values.view(len(encodings), -1, values.shape[-1]) for name, values in pad(flat, processor).items()}
+        batch = {name: values.view(len(encodings), -1, values.shape[-1]) for name, values in pad(flat, processor, width=width).items()}
         return batch | self.label_tensor(encodings)
 
     def length(self, encoding: Encoding) -> int:

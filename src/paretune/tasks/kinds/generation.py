@@ -65,7 +65,7 @@ class Generation(Kind):
             return _seq2seq(prompts, targets, processor, max_length, config)
         return _causal(prompts, targets, processor, max_length)
 
-    def collate(self, encodings: Sequence[Encoding], processor: Any) -> Batch:
+    def collate(self, encodings: Sequence[Encoding], processor: Any, *, width: int = 0) -> Batch:
         decoder = ("labels", "decoder_input_ids")
         batch = pad([{k: v for k, v in e.items() if k not in decoder} for e in encodings], processor)
         for name, filler in zip(decoder, (IGNORED, pad_id(processor)), strict=True):

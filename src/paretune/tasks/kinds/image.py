@@ -66,7 +66,7 @@ class Image(Classification):
         """The files themselves; `collate` opens them. `max_length` has no meaning here."""
         return self.add_labels(task, rows, encodings=[{"file": row[task.columns[self.role]]} for row in rows])
 
-    def collate(self, encodings: Sequence[Encoding], processor: Any) -> Batch:
+    def collate(self, encodings: Sequence[Encoding], processor: Any, *, width: int = 0) -> Batch:
         """pixel_values (B, channels, height, width), made by the image processor."""
         return dict(processor(images=[_picture(e["file"]) for e in encodings], return_tensors="pt")) | self.label_tensor(encodings)
 

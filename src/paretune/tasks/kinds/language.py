@@ -52,8 +52,8 @@ class Language(Kind):
         blocks = (ids[at : at + length] for at in range(0, max(1, len(ids) - 1), max(1, length - 1)))
         return [{"input_ids": block, "attention_mask": [1] * len(block), "labels": block} for block in blocks if len(block) > 1]
 
-    def collate(self, encodings: Sequence[Encoding], processor: Any) -> Batch:
-        batch = pad([{k: v for k, v in e.items() if k != "labels"} for e in encodings], processor)
+    def collate(self, encodings: Sequence[Encoding], processor: Any, *, width: int = 0) -> Batch:
+        batch = pad([{k: v for k, v in e.items() if k != "labels"} for e in encodings], processor, width=width)
         batch["labels"] = pad_to(batch["input_ids"].shape[1], [e["labels"] for e in encodings], filler=IGNORED)
         return batch
 

@@ -88,8 +88,8 @@ class Tokens(Kind):
             encodings.append(encoding)
         return encodings
 
-    def collate(self, encodings: Sequence[Encoding], processor: Any) -> Batch:
-        batch = super().collate([{k: v for k, v in e.items() if k != "labels"} for e in encodings], processor)
+    def collate(self, encodings: Sequence[Encoding], processor: Any, *, width: int = 0) -> Batch:
+        batch = super().collate([{k: v for k, v in e.items() if k != "labels"} for e in encodings], processor, width=width)
         batch["labels"] = pad_to(batch["input_ids"].shape[1], [e["labels"] for e in encodings], filler=IGNORED)
         return batch
 
