@@ -4,7 +4,7 @@
     python -m benchmarks.contest [--afresh] [--hours 1] [--only mrpc]
 
 A cell is a subject and a method. Its contestants work in turn (A B C ..., then ... C B A, and so on), each in a process of its own
-that keeps its libraries loaded; only one works at a time. All get the same encodings, batch, epochs and rate, and the same
+that keeps its library loaded; only one works at a time. All get the same encodings, batch, epochs and rate, and the same
 parameters learn. Time and memory are from before the model is loaded until it is trained. Needs the folder of data sets
 (`benchmarks/data.py`) and, for the `adapters` library, `make .venv-oracles/ready`.
 """
@@ -110,7 +110,7 @@ def one(subject: str, method: str) -> dict[str, Any]:
                     job = {**who, **given, "seed": turn, "subject": subject}
                 else:
                     job = {**who, **given, "seed": turn, "train": train, "test": test, "like_ours": None if name == DOCUMENTED else pace}
-                found[name] = _figures(task, _worker(who["library"]).ask(job), visited=len(train) * how.epochs)
+                found[name] = _figures(task, _asked(who["library"], job), visited=len(train) * how.epochs)
                 pace = pace or found[name].get("pace", {})
             rounds.append(found)
     return {"score": statistics.median(r[DOCUMENTED]["cpu_s"] / r[OURS]["cpu_s"] for r in rounds), "pace": pace, "rounds": rounds,
@@ -128,14 +128,19 @@ def _contestants(how: Method) -> dict[str, dict[str, Any]]:
     return {name: who for name, who in every.items() if who}
 
 
-def _worker(library: str) -> peers.Worker:
-    """The process that has the library; it lives as long as this one."""
+def _asked(library: str, job: dict[str, Any]) -> dict[str, Any]:
+    """A job's answer; a process that is new does its first job twice, since libraries load some of their parts at work."""
     if library == "paretune":
-        return _started(sys.executable, "-m", "benchmarks.contest", SERVE)
-    return _started(str(adaptation.INTERPRETERS.get(library, sys.executable)), peers.__file__)
+        command: tuple[str, ...] = (sys.executable, "-m", "benchmarks.contest", SERVE)
+    else:
+        command = (str(adaptation.INTERPRETERS.get(library, sys.executable)), peers.__file__)
+    if command not in _WORKERS:
+        _WORKERS[command] = peers.Worker(*command)
+        _WORKERS[command].ask(job)
+    return _WORKERS[command].ask(job)
 
 
-_started = functools.cache(peers.Worker)
+_WORKERS: dict[tuple[str, ...], peers.Worker] = {}  # they live as long as this process
 
 
 def _subject(name: str, folder: str) -> tuple[str, Task]:

@@ -1,4 +1,4 @@
-"""Attention for training at short lengths on a CPU: few passes over memory, all of them in the fast number format.
+"""Attention for training at short lengths on a CPU: few passes over memory, all but the softmax in the fast number format.
 
     A = softmax(s Q Kᵀ + b),   out = D(A) V,   D dropout
 
@@ -49,7 +49,7 @@ class _Attention(torch.autograd.Function):
             scores = torch.bmm(q, k_.mT).mul_(scale)
         else:
             scores = bias.expand(rows, heads, length, keys).reshape(q.shape[0], -1, keys).baddbmm(q, k_.mT, alpha=scale)
-        weights = scores.softmax(-1)  # (B·N, H/N·T, S)
+        weights = scores.to(_wide(scores)).softmax(-1).to(scores.dtype)  # (B·N, H/N·T, S)
         ctx.mask = dropout.mask(weights.shape, k) if k else None
         ctx.scale, ctx.kept, ctx.shapes = scale, dropout.STEPS / (dropout.STEPS - k), (query.shape, key.shape, None if bias is None else bias.shape)
         ctx.save_for_backward(q, k_, v, weights)
@@ -64,10 +64,16 @@ class _Attention(torch.autograd.Function):
         gradient = gradient.transpose(1, 2).reshape(q.shape)
         d_value = torch.bmm(_dropped(weights, ctx).mT, gradient)
         d_weights = _dropped(torch.bmm(gradient, v.mT), ctx)
-        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+        wide = _wide(weights)
+        d_scores = torch._softmax_backward_data(d_weights.to(wide), weights.to(wide), -1, wide).to(weights.dtype)
         d_query, d_key = torch.bmm(d_scores, k).mul_(ctx.scale), torch.bmm(d_scores.mT, q).mul_(ctx.scale)
         d_bias = d_scores.view(*of_query[:3], -1).sum_to_size(of_bias) if ctx.needs_input_grad[3] else None
         return d_query.view(of_query), d_key.view(of_key), d_value.view(of_key), d_bias, None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The format of softmax: at least fp32, whose kernels are several times faster than those of bf16 where S is no multiple of 32."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _dropped(weights: Tensor, ctx: Any) -> Tensor:
