@@ -27,7 +27,7 @@ test: .venv/ready  ## what CI runs: no GPU, no network
 test-all: .venv/ready  ## every family for every pair, long kill tests, several processes
 	$(ALONE) $(PY) -m pytest -q -n 2 --all
 
-bench: .venv/ready .venv-oracles/ready  ## side by side with other libraries, in half an hour; not part of the tests
+bench: .venv/ready .venv-oracles/ready  ## side by side with other libraries, in three quarters of an hour; not part of the tests
 	$(QUIETLY) $(PY) -m benchmarks.contest --afresh
 
 .venv-oracles/ready: constraints.txt

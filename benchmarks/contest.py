@@ -1,6 +1,6 @@
 """The same work in paretune, peft, adapters, transformers' Trainer and a plain loop, side by side.
 
-    make bench          measures every cell anew, about half an hour; or
+    make bench          measures every cell anew, three quarters of an hour; or
     python -m benchmarks.contest [--afresh] [--hours 1] [--only mrpc]
 
 A cell is a subject and a method. Its contestants work in turn (A B C ..., then ... C B A, and so on), each in a process of its own
@@ -188,7 +188,8 @@ def page(table: Table) -> str:
 CPU time of the others over that of paretune in the same round (above 1, paretune needs less): the median of {ROUNDS} rounds, with the lowest and the highest.
 "{AGAIN}" is the A/A control. "{DOCUMENTED}" is the library's Trainer as its documentation shows it (peft for LoRA and (IA)3, `adapters` for the bottleneck
 adapter, transformers for the rest), "{GIVEN}" the same with the number format and attention kernel that paretune chose and with batches of like
-length, "{ADAPTERS}" the `adapters` library with those, "{PLAIN}" a loop written by hand, with those, too.
+length, "{ADAPTERS}" the `adapters` library with those, "{PLAIN}" a loop written by hand, with those, too. In paretune's first round the timing of formats and
+kernels is counted in, which its process then remembers: the lowest figures are of that round.
 
 {cells.markdown(["method", "examples/s", *_OTHERS], _rows(found, _ratios))}
 
@@ -196,7 +197,8 @@ Peak memory that training adds to what the process held with its libraries loade
 
 {cells.markdown(["method", OURS, *_OTHERS], _rows(found, _memory))}
 
-Scores: accuracy in percent on 400 test texts (a standard error is 2 points), of the decoder, whose weights were random, perplexity; medians.
+Scores: accuracy in percent on 400 test texts, of the decoder, whose weights were random, perplexity; medians. After 20 steps chance in the order of the texts
+makes many points of difference: [methods by tasks](adaptation.md) has the scores of longer trainings.
 
 {cells.markdown(["method", OURS, *_OTHERS], _rows(found, _scores))}
 

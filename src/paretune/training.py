@@ -110,7 +110,8 @@ class Loop:
         was_training, whole = self.model.training, shards.enter(self)
         packing.check(self)
         batch = self._probe_batch()
-        self.pace = shards.pace(self) or together.told(probe.choose(self.model, self.task.kind, batch=batch, schedule=self.schedule))
+        passes = self.schedule.epochs * len(self.encodings) / len(next(iter(batch.values())))
+        self.pace = shards.pace(self) or together.told(probe.choose(self.model, self.task.kind, batch=batch, schedule=self.schedule, passes=passes))
         for events in self.events:
             self.pace = events.pace(self, self.pace)
         visits = [self._visited(e) for e in range(self._epochs)]
@@ -150,7 +151,8 @@ class Loop:
     def _probe_batch(self) -> dict[str, Tensor]:
         middle = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
         start = max(0, len(middle) // 2 - self.schedule.batch // 2)
-        return self._collate(self._micro_batches(middle[start : start + self.schedule.batch])[0])
+        part = self._micro_batches(middle[start : start + self.schedule.batch])[0]
+        return self._collate(part[: max(1, probe.TOKENS // self.lengths[part[-1]])])
 
     def _plan(self) -> list[list[int]]:
         visited, steps = self._visited(self.epoch), self.per_epoch[self.epoch]

@@ -9,10 +9,12 @@ import pytest
 import steps
 import tiny
 import torch
+import work
 from torch import nn
 from torch.nn import functional as F
 
 from paretune import anatomy
+from paretune.methods.adapters.full import Full
 from paretune.step import dropout, probe, short_attention
 from paretune.step.probe import Pace
 
@@ -181,3 +183,58 @@ def test_a_paced_step_draws_from_torchs_generator_so_that_a_resumed_one_is_the_s
             with probe.autocast(pace):
                 found.append(F.cross_entropy(model(**tiny.inputs("bert")).logits.float(), torch.tensor([0, 1, 2])).item())
     assert found[0] == found[1] != found[2]
+
+
+# --- the probe ------------------------------------------------------------------------------------------------------------------
+
+
+def tried(takes: dict[Pace, float], *, passes: float, kernels=("ours", "sdpa", "eager")):
+    """(the pace that is chosen, the paces that were timed in order)."""
+    asked = []
+
+    def timed(pace):
+        asked.append(pace)
+        return takes[pace] * (10 if len(asked) == 1 else 1)  # the first pass is slow whatever its pace
+
+    return probe.fastest(timed, formats=["bf16", "fp32"], kernels=kernels, passes=passes), asked
+
+
+TAKES = {Pace("bf16", "ours"): 1.0, Pace("bf16", "sdpa"): 0.8, Pace("bf16", "eager"): 1.4, Pace("fp32", "ours"): 2.0, Pace("fp32", "sdpa"): 0.5}
+
+
+def test_a_short_phase_only_tells_the_formats_apart():
+    assert tried(TAKES, passes=0) == (Pace("bf16", "ours"), [Pace("bf16", "ours"), Pace("bf16", "ours"), Pace("fp32", "ours")])
+    slow = TAKES | {Pace("bf16", "ours"): 3.0}
+    assert tried(slow, passes=0)[0] == Pace("fp32", "ours")
+
+
+def test_a_longer_phase_tries_the_kernels_of_the_faster_format_and_what_is_near_again():
+    found, asked = tried(TAKES, passes=1000)
+    assert found == Pace("bf16", "sdpa")
+    assert asked[3:] == [Pace("bf16", "sdpa"), Pace("bf16", "eager"), Pace("bf16", "ours"), Pace("bf16", "sdpa")], "fp32 and eager are far behind"
+
+
+def test_trials_end_where_a_tenth_of_the_phase_is_spent():
+    found, asked = tried(TAKES, passes=5)  # half a pass more
+    assert (found, len(asked)) == (Pace("bf16", "sdpa"), 4)
+
+
+def test_nothing_is_timed_where_there_is_nothing_to_choose():
+    assert probe.fastest(None, formats=["fp32"], kernels=["own"], passes=100) == Pace("fp32", "own")
+
+
+def test_a_training_tells_the_probe_how_long_it_is_and_shows_it_few_tokens(monkeypatch):
+    asked = []
+
+    def choose(model, kind, *, batch, schedule, passes):
+        asked.append((passes, batch["input_ids"].shape[0]))
+        return Pace()
+
+    monkeypatch.setattr(probe, "choose", choose)
+    work.fitted(work.prepared(Full(), "bert"), work.text_task(), epochs=2.0, batch=8)
+    n = len(work.text_task().train)
+    assert asked == [(2 * n / 8, 8)]
+    monkeypatch.setattr(probe, "TOKENS", 20)
+    work.fitted(work.prepared(Full(), "bert"), work.text_task(), epochs=2.0, batch=8)
+    (_, rows) = asked[-1]
+    assert 1 <= rows < 8

@@ -1,15 +1,16 @@
 """Which number format and attention kernel train fastest here: measured on the model and a batch of its own data.
 
 bf16 is over twice as fast as fp32 with AMX or AVX512-BF16 and slower without, and which attention kernel wins depends on
-the length; so nothing is assumed. The choice is made once per process, model shape and length, and recorded with the run.
+the length; so it is tried, as far as that can pay. The choice is made once per process, model shape and length, and recorded with the run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from paretune.methods.modifiers.schedule import Schedule
 from paretune.step import cross_entropy, narrow, packing, short_attention
 from paretune.step.dropout import cheap as cheap_dropout
 
-ROUNDS = 2
+TOKENS = 1024  # at most so many are in the batch that is timed
+SHARE = 0.1  # of a phase's expected time may go into finding a faster kernel
 FAR = 1.5  # a pace that was so many times slower than the fastest is not tried again
+SHORT = 384  # tokens up to which our attention is the likelier one to win, and is tried first; beyond it the model's own
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "drop_prob")  # shares kept as plain numbers
 
 
@@ -35,27 +38,59 @@ class Pace:
 _CHOSEN: dict[tuple, Pace] = {}
 
 
-def choose(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], schedule: Schedule) -> Pace:
-    """The fastest pace for this phase, by interleaved rounds of forward and backward on one batch; what is far behind runs once.
+def choose(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], schedule: Schedule, passes: float) -> Pace:
+    """The fastest pace for this phase, by forward and backward passes on one batch.
+
+    Each number format is tried with the likeliest kernel, then the other kernels in the faster format, then what was near once more, until that has taken
+    a tenth of the time that the phase's passes will.
 
     An explicit `schedule(dtype=...)` is taken as it is, with the model's own attention. A schedule that packs has attention that packs (`packing`).
+
+    Args:
+        passes: how many passes like this batch the phase will take.
     """
     if schedule.dtype != "auto":
         return Pace(schedule.dtype, packing.name(_attentions(model)[0]) if schedule.pack else "")
     first = next((v for v in batch.values() if v.dim() > 1), next(iter(batch.values())))
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    key = (type(model), str(first.device), torch.get_num_threads(), len(first), _bucket(first), learning, schedule.dropout, schedule.pack)
+    key = (type(model), str(first.device), torch.get_num_threads(), len(first), _bucket(first), learning, schedule.dropout, schedule.pack,
+           int(passes).bit_length())  # fmt: skip
     if key not in _CHOSEN:
-        kernels = [packing.name(kernel) if schedule.pack else kernel for kernel in _attentions(model)]
-        candidates = [Pace(dtype, attention) for dtype in _dtypes(first.device) for attention in kernels]
-        seconds = {pace: float("inf") for pace in candidates}
+        likely = sorted(_attentions(model), key=lambda kernel: (kernel == short_attention.NAME) != (first[0].numel() <= SHORT))
+        kernels = [packing.name(kernel) if schedule.pack else kernel for kernel in likely]
         state = torch.get_rng_state()
-        for _ in range(ROUNDS):
-            for pace in [p for p in candidates if seconds[p] < FAR * min(seconds.values()) or seconds[p] == float("inf")]:
-                seconds[pace] = min(seconds[pace], step_seconds(model, kind, batch=batch, pace=pace, dropout=schedule.dropout))
+        timed = functools.partial(step_seconds, model, kind, batch=batch, dropout=schedule.dropout)
+        _CHOSEN[key] = fastest(timed, formats=_dtypes(first.device), kernels=kernels, passes=passes)
         torch.set_rng_state(state)
-        _CHOSEN[key] = min(candidates, key=seconds.__getitem__)
     return _CHOSEN[key]
+
+
+def fastest(timed: Callable[..., float], *, formats: Sequence[str], kernels: Sequence[str], passes: float) -> Pace:
+    """The pace of least `timed(pace=...)`, as far as finding it pays; of formats and kernels the likeliest is first.
+
+    A model's very first pass is slow whatever its pace, so the first trial is repeated at once.
+    """
+    if len(formats) == len(kernels) == 1:
+        return Pace(formats[0], kernels[0])
+    seconds: dict[Pace, float] = {}
+    spent = 0.0
+
+    def tried(pace: Pace) -> None:
+        nonlocal spent
+        took = timed(pace=pace)
+        spent += took
+        seconds[pace] = min(took, seconds.get(pace, took))
+
+    for dtype in (formats[0], *formats):
+        tried(Pace(dtype, kernels[0]))
+    spent, faster = 0.0, min(seconds, key=seconds.__getitem__).dtype  # the formats are always told apart
+    for pace in (Pace(faster, kernel) for kernel in kernels[1:]):
+        if spent < SHARE * passes * min(seconds.values()):
+            tried(pace)
+    for pace in [p for p, took in seconds.items() if took < FAR * min(seconds.values())]:
+        if spent < SHARE * passes * min(seconds.values()):
+            tried(pace)
+    return min(seconds, key=seconds.__getitem__)
 
 
 def _bucket(first: Tensor) -> int:
@@ -64,7 +99,7 @@ def _bucket(first: Tensor) -> int:
 
 
 def _dtypes(device: torch.device) -> list[str]:
-    return ["fp32", "bf16"] if device.type == "cpu" or torch.cuda.is_bf16_supported() else ["fp32"]
+    return ["bf16", "fp32"] if device.type == "cpu" or torch.cuda.is_bf16_supported() else ["fp32"]
 
 
 def _attentions(model: Any) -> list[str]:
