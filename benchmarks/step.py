@@ -70,8 +70,7 @@ process. `as it is, again` is the A/A control.
 As it is, a batch passes through the model in parts of at most {batches.CACHED:,} tokens, and is padded to a multiple of 4 tokens, of 8 beyond 64, of 16 beyond
 128: oneDNN compiles kernels for every shape it meets and keeps them, which costs time once and memory for good.
 
-{"".join(_table(subject, rounds) for subject, rounds in found.items())}
-Made by `python -m benchmarks.step` from `benchmarks/results/step.json`; `--table` makes it again from the file.
+{"".join(_table(subject, rounds) for subject, rounds in found.items())}Made by `python -m benchmarks.step` from `benchmarks/results/step.json`; `--table` makes it again from the file.
 
 {step_parts.section()}
 {rows.section()}"""
@@ -80,7 +79,7 @@ Made by `python -m benchmarks.step` from `benchmarks/results/step.json`; `--tabl
 def _table(subject: str, rounds: list[dict[str, Any]]) -> str:
     about = SUBJECTS[subject]
     shown = cells.markdown(["variant", "train CPU s", "CPU time, ratio", "wall time, ratio", "memory MB"], (_row(name, rounds) for name in VARIANTS))
-    return f"{about['train']} texts of {subject}, batches of {about['batch']}:\n\n{shown}\n"
+    return f"{about['train']} texts of {subject}, batches of {about['batch']}:\n\n{shown}\n\n"
 
 
 def _row(name: str, rounds: list[dict[str, Any]]) -> list[str]:
