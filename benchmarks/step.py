@@ -61,6 +61,7 @@ def one(subject: str, variant: str) -> dict[str, Any]:
 def page(found: dict[str, Any]) -> str:
     """docs/step.md, from the file."""
     some = found["sst2"][0]["as it is"]
+    tables = "".join(_table(subject, rounds) for subject, rounds in found.items())
     return f"""# What cut batches and few widths save on a CPU
 
 LoRA of the attention's maps, one epoch with its validation pass and the probe before it, {some["dtype"]}, on {some["cpu"]}. Medians of
@@ -70,7 +71,7 @@ process. `as it is, again` is the A/A control.
 As it is, a batch passes through the model in parts of at most {batches.CACHED:,} tokens, and is padded to a multiple of 4 tokens, of 8 beyond 64, of 16 beyond
 128: oneDNN compiles kernels for every shape it meets and keeps them, which costs time once and memory for good.
 
-{"".join(_table(subject, rounds) for subject, rounds in found.items())}Made by `python -m benchmarks.step` from `benchmarks/results/step.json`; `--table` makes it again from the file.
+{tables}Made by `python -m benchmarks.step` from `benchmarks/results/step.json`; `--table` makes it again from the file.
 
 {step_parts.section()}
 {rows.section()}"""
