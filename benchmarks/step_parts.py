@@ -34,6 +34,7 @@ VARIANTS = {  # the parts at work; all with the backbone's dropout but the last
     "as it is, without dropout": (*PARTS, "none"),
 }
 VOCABULARIES = (50_000, 128_000)
+KEYS, ROWS, OFTEN = (24, 28, 32, 48, 64), 384, 20  # lengths of a softmax, its matrices (32 texts, 12 heads), repetitions that are timed together
 FILE = Path(__file__).parent / "results" / "step_parts.json"
 
 
@@ -46,7 +47,8 @@ def main() -> None:
     if asked.loss:
         print(json.dumps(loss(int(asked.loss[0]), around=asked.loss[1] == "around")))
         return
-    found = {"rounds": steps(asked.rounds), "losses": {f"{size} {way}": _apart(size, way) for size in VOCABULARIES for way in ("whole", "around")}}
+    found = {"rounds": steps(asked.rounds), "losses": {f"{size} {way}": _apart(size, way) for size in VOCABULARIES for way in ("whole", "around")},
+             "softmax": {str(keys): softmax(keys, asked.rounds) for keys in KEYS}}  # fmt: skip
     FILE.write_text(json.dumps(found, indent=1) + "\n")
     from benchmarks import step
 
@@ -68,7 +70,8 @@ def steps(rounds: int) -> list[dict[str, float]]:
     encodings = training.encode(task, task.train, model=model)
     lengths = [task.kind.length(e) for e in encodings]
     chosen = batches.epoch_batches(lengths, None, schedule=Schedule(), random=batches.generator(0, 0))
-    made = [task.kind.collate([encodings[i] for i in b], pt.processor(model)) for b in chosen]
+    widths = [batches.width([lengths[i] for i in b], most=max(lengths)) for b in chosen]
+    made = [task.kind.collate([encodings[i] for i in b], pt.processor(model), width=w) for b, w in zip(chosen, widths, strict=True)]
     order = list(VARIANTS)
     return [{name: _seconds(model, task.kind, made, parts=VARIANTS[name]) for name in (order[::-1] if i % 2 else order)} for i in range(rounds)]
 
@@ -112,6 +115,28 @@ def without(parts: tuple[str, ...]) -> Iterator[None]:
             if part not in parts:
                 undo.enter_context(mock.patch.object(*place))
         yield
+
+
+def softmax(keys: int, rounds: int) -> dict[str, float]:
+    """Median CPU microseconds of a softmax over so many keys of bf16 scores, and of its derivative, in bf16 and in fp32 with the casts to and fro."""
+    import torch
+
+    scores, gradient = torch.randn(2, ROWS, keys, keys, dtype=torch.bfloat16)
+    weights, back, wide = scores.softmax(-1), torch._softmax_backward_data, torch.float32
+    ways: dict[str, Callable[[], Any]] = {
+        "bf16": lambda: scores.softmax(-1), "fp32": lambda: scores.to(wide).softmax(-1).to(scores.dtype),
+        "bf16, derivative": lambda: back(gradient, weights, -1, torch.bfloat16),
+        "fp32, derivative": lambda: back(gradient.to(wide), weights.to(wide), -1, wide).to(weights.dtype),
+    }  # fmt: skip
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, work in ways.items():
+            work()
+            started = time.process_time()
+            for _ in range(OFTEN):
+                work()
+            times[name].append((time.process_time() - started) / OFTEN * 1e6)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def _apart(size: int, way: str) -> dict[str, float]:
@@ -162,6 +187,11 @@ Six steps of LoRA (r=8, all linear maps) of MiniLM on SST-2, batch 32, bf16, for
 machine that other work kept busy: the ratios count, medians of {len(rounds)} rounds with their range.
 
 {cells.markdown(["variant", "CPU ms per step", "CPU time, ratio"], rows)}
+
+The softmax of that attention is taken in fp32, since bf16's kernel is slow where the number of keys is no multiple of 32: CPU microseconds for {ROWS} matrices of bf16
+scores, medians of {len(rounds)} rounds.
+
+{cells.markdown(["keys", *next(iter(found["softmax"].values()))], ([keys, *(f"{us:,.0f}" for us in f.values())] for keys, f in found["softmax"].items()))}
 
 A loss over a vocabulary (`step/cross_entropy.py`), fp32, 1,024 tokens of a decoder of width 64, a fresh process each: what a step adds to the peak, with the model's
 logits whole and a few tokens' at a time (0 where libraries had taken as much before).

@@ -118,7 +118,8 @@ def test_what_is_inside_is_what_transformers_says(family):
     loss, _ = loss_of(loop, Distill(After(1), mix=1.0, logits=0.0, **weights))
     for model in (student, teacher):
         model.set_attn_implementation("eager")
-    expected = sum(example(student, teacher, loop._collate([i]), weights, causal=family == "llama") for i in (0, 1, 2))
+    alone = [task.kind.collate([loop.encodings[i]], work.processor(family)) for i in (0, 1, 2)]
+    expected = sum(example(student, teacher, batch, weights, causal=family == "llama") for batch in alone)
     assert torch.allclose(loss, expected, rtol=1e-4)
 
 

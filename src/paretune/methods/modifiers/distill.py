@@ -139,6 +139,12 @@ def relation_divergence(student: Tensor, teacher: Tensor, *, sees: Tensor) -> Te
     return total
 
 
+def _padded(matrices: list[Tensor], tokens: int) -> Tensor:
+    """(B, T, features) of matrices of fewer rows, with zeros behind them."""
+    found = pad_sequence(matrices, batch_first=True)
+    return F.pad(found, (0, 0, 0, tokens - found.shape[1]))
+
+
 def _products(left: Tensor, right: Tensor) -> Tensor:
     return torch.einsum("btmhd,bsmhd->bmhts", left, right)
 
@@ -189,7 +195,7 @@ class _Distilling(Events):
     def _apart(self, batch: dict[str, Tensor], taught: dict[str, list[Tensor]], *, targets: list[int]) -> Tensor:
         """The distances inside, as a mean over the tokens of each example, summed over its targets as the task's loss is."""
         knobs, mine = self.knobs, self._inside(self.seen, [m for m, _ in self.places], self.maps)
-        its = {name: pad_sequence(taught[name], batch_first=True).view(*x.shape[:-1], -1) for name, x in mine.items()}
+        its = {name: _padded(taught[name], x.shape[1]).view(*x.shape[:-1], -1) for name, x in mine.items()}
         real = sight.real(self.seen, batch)
         sees = sight.sees(self.seen, real)
         total = torch.zeros(real.shape, device=real.device)
