@@ -34,7 +34,7 @@ VARIANTS = {  # the parts at work; all with the backbone's dropout but the last
     "as it is, without dropout": (*PARTS, "none"),
 }
 VOCABULARIES = (50_000, 128_000)
-KEYS, ROWS, OFTEN = (24, 28, 32, 48, 64), 384, 20  # lengths of a softmax, its matrices (32 texts, 12 heads), repetitions that are timed together
+KEYS, ROWS, OFTEN = (16, 20, 24, 28, 32, 36, 48, 96), 384, 20  # lengths of a softmax, its matrices (32 texts, 12 heads), repetitions that are timed together
 FILE = Path(__file__).parent / "results" / "step_parts.json"
 
 
@@ -188,8 +188,8 @@ machine that other work kept busy: the ratios count, medians of {len(rounds)} ro
 
 {cells.markdown(["variant", "CPU ms per step", "CPU time, ratio"], rows)}
 
-The softmax of that attention is taken in fp32, since bf16's kernel is slow where the number of keys is no multiple of 32: CPU microseconds for {ROWS} matrices of bf16
-scores, medians of {len(rounds)} rounds.
+The softmax of that attention is taken in fp32 below 32 keys, where bf16's kernels are slow: CPU microseconds for {ROWS} matrices of bf16 scores, medians of
+{len(rounds)} rounds.
 
 {cells.markdown(["keys", *next(iter(found["softmax"].values()))], ([keys, *(f"{us:,.0f}" for us in f.values())] for keys, f in found["softmax"].items()))}
 

@@ -1,4 +1,4 @@
-"""Attention for training at short lengths on a CPU: few passes over memory, all but the softmax in the fast number format.
+"""Attention for training at short lengths on a CPU: few passes over memory, all but the shortest softmax in the fast number format.
 
     A = softmax(s Q Kᵀ + b),   out = D(A) V,   D dropout
 
@@ -23,6 +23,7 @@ from paretune import anatomy
 from paretune.step import dropout
 
 NAME = "paretune_short"  # in transformers' table
+VECTOR = 32  # numbers of bf16 in a vector of 512 bits
 LEAST = -3e38  # stands for minus infinity, in bf16 too; a row without any key then averages all of them, as eager attention does
 
 
@@ -72,8 +73,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """The format of softmax: at least fp32, whose kernels are several times faster than those of bf16 where S is no multiple of 32."""
-    return torch.promote_types(x.dtype, torch.float32)
+    """The format of a softmax over the last dimension: at least fp32 where S is less than a vector of bf16, whose kernels are then several times slower."""
+    return torch.promote_types(x.dtype, torch.float32) if x.shape[-1] < VECTOR else x.dtype
 
 
 def _dropped(weights: Tensor, ctx: Any) -> Tensor:
