@@ -67,14 +67,17 @@ class Split:
             yield
             return
         known = self.shelf is not None and self.shelf.holds(indices)
-        tokens = batch["input_ids"].shape[1] if "input_ids" in batch else max(self.lengths)
         with contextlib.ExitStack() as undo:
             undo.enter_context(cuts.without_dropout(self.around if known else self.frozen))
             if known:
-                undo.enter_context(cuts.given(self.model, self.cut, z=self._read(indices, tokens)))
+                undo.enter_context(cuts.given(self.model, self.cut, z=self._read(indices, self.tokens(batch))))
             elif self.shelf is not None:
                 undo.enter_context(cuts.answered(self.model.get_submodule(self.cut.path), functools.partial(self._keep, indices)))
             yield
+
+    def tokens(self, batch: dict[str, Tensor]) -> int:
+        """T of a batch, padding included."""
+        return batch["input_ids"].shape[1] if "input_ids" in batch else max(self.lengths)
 
     def _read(self, indices: Sequence[int], tokens: int) -> Tensor:
         """z (B, T, D) as it is kept."""
@@ -136,9 +139,8 @@ class Features:
         order = sorted(range(len(self.train.encodings)), key=self.loop.lengths.__getitem__)
         middle = order[max(0, len(order) // 2 - 4) : len(order) // 2 + 4]
         batch = self.loop.collate([self.train.encodings[i] for i in middle])
-        tokens = batch["input_ids"].shape[1] if "input_ids" in batch else max(self.train.lengths)
         whole = flops.forward(lambda: model(**inputs(batch)), model).value
-        z = torch.zeros(len(middle), tokens, self.cut.width, dtype=model.dtype, device=self.loop.accelerator.device)
+        z = torch.zeros(len(middle), self.train.tokens(batch), self.cut.width, dtype=model.dtype, device=self.loop.accelerator.device)
         with cuts.given(model, self.cut, z=z):
             rest = flops.forward(lambda: model(**inputs(batch)), model).value
         return None if whole is None else -(whole - (rest or 0.0)) / len(middle) * max(0, self.loop.examples - shelf.count())
