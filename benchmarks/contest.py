@@ -189,7 +189,7 @@ CPU time of the others over that of paretune in the same round (above 1, paretun
 "{AGAIN}" is the A/A control. "{DOCUMENTED}" is the library's Trainer as its documentation shows it (peft for LoRA and (IA)3, `adapters` for the bottleneck
 adapter, transformers for the rest), "{GIVEN}" the same with the number format and attention kernel that paretune chose and with batches of like
 length, "{ADAPTERS}" the `adapters` library with those, "{PLAIN}" a loop written by hand, with those, too. In paretune's first round the timing of formats and
-kernels is counted in, which its process then remembers: the lowest figures are of that round.
+kernels is counted in, which its process then remembers (in the very first cell before its rounds): the lowest figures are of that round.
 
 {cells.markdown(["method", "examples/s", *_OTHERS], _rows(found, _ratios))}
 

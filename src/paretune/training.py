@@ -322,13 +322,14 @@ def read(
     split = rows if isinstance(rows, features.Split) else features.Split(model, encode(task, rows, model=model))
     encodings = split.encodings
     lengths = [task.kind.length(e) for e in encodings]
+    most = max(lengths, default=0)
     found: list[Any] = [None] * len(encodings)  # language modeling has blocks, not rows
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     with torch.inference_mode(), probe.autocast(pace):
         together = batches.by_length(lengths, batch)
         for indices in [part for whole in together for part in batches.parts(whole, lengths)] if device.type == "cpu" else together:
-            width = batches.width([lengths[i] for i in indices], most=max(lengths))
+            width = batches.width([lengths[i] for i in indices], most=most)
             inputs = _to_device(task.kind.collate([encodings[i] for i in indices], _processor(model), width=width), device)
             with split.passing(indices, inputs):
                 outputs = model(**task.kind.inputs(inputs))
