@@ -98,9 +98,10 @@ def best_rate(name: str, tried: tuple[float, ...]) -> float:
 
 
 def _one(name: str, task: str, seed: int, lr: float) -> dict[str, Any]:
+    costed = task == COSTED
     if name in METHODS:
-        return {"lr": lr, **(cells.fresh(_ours, name, task, seed, lr) if task == COSTED else _ours(name, task, seed, lr))}
-    return {"lr": lr, **_peer(PEERS[name], _task(task, seed), seed, lr)}
+        return {"lr": lr, **(cells.fresh(_ours, name, task, seed, lr) if costed else _ours(name, task, seed, lr))}
+    return {"lr": lr, **_peer(PEERS[name], _task(task, seed), seed, lr, costed=costed)}
 
 
 def _task(name: str, seed: int) -> Task:
@@ -114,8 +115,8 @@ def _ours(name: str, task: str, seed: int, lr: float) -> dict[str, Any]:
     return found | {"added_mb": found["train_peak_mb"] - peak.before_mb}
 
 
-def _peer(peer: tuple[str, str, dict[str, Any], tuple[float, ...]], given: Task, seed: int, lr: float) -> dict[str, Any]:
-    """A peer's figures, scored by the same metric: validation and test rows are predicted together and parted here."""
+def _peer(peer: tuple[str, str, dict[str, Any], tuple[float, ...]], given: Task, seed: int, lr: float, *, costed: bool) -> dict[str, Any]:
+    """A peer's figures, scored by the same metric: validation and test rows are predicted together and parted here; costs want a process of their own."""
     import torch
 
     from paretune import backbones, tasks
@@ -127,8 +128,12 @@ def _peer(peer: tuple[str, str, dict[str, Any], tuple[float, ...]], given: Task,
     train, validation, test = (data.encoded(given, split, source=source, longest=LONGEST) for split in ("train", "validation", "test"))
     job = {"library": library, "config": config, "arguments": arguments, "source": source, "outputs": len(given.labels) or 1, "train": train,
            "test": [*validation, *test], "lr": lr, "epochs": EPOCHS, "batch": BATCH, "seed": seed, "like_ours": pace}  # fmt: skip
-    with peers.Worker(str(INTERPRETERS[library]), peers.__file__) as worker:
-        found = worker.ask(job)
+    command = (str(INTERPRETERS[library]), peers.__file__)
+    if costed:
+        with peers.Worker(*command) as worker:
+            found = worker.ask(job)
+    else:
+        found = peers.standing(*command).ask(job)
     answers = [torch.tensor(p).softmax(-1).tolist() if given.labels else p[0] for p in found.pop("predictions")]
     split = len(given.validation)
     return found | {

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -55,6 +56,12 @@ class Worker:
 
     def __exit__(self, *error: object) -> None:
         self.process.communicate()
+
+
+@functools.cache
+def standing(*command: str) -> Worker:
+    """A worker that lives as long as this process, the same one for the same command."""
+    return Worker(*command)
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
