@@ -26,7 +26,7 @@ STARTS = ("", "full", "full + maml(ways=5, shots=5)", "full + maml(order=2, shot
 ADAPTED = ("full + schedule(batch=25, epochs=10.0)", "prototypes")
 SEEDS = (0, 1, 2)
 HELD_OUT, WAYS, SHOTS, ASKED = 20, 5, 5, 20  # intents, intents of a group, training texts and test texts of each
-TRAIN, VALIDATION, EPOCHS = 1500, 300, 3
+TRAIN, VALIDATION, EPOCHS = 1000, 150, 2
 
 
 def every_cell() -> Iterator[Cell]:

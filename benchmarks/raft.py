@@ -31,8 +31,8 @@ TASKS = {  # the columns that are read
     "twitter_complaints": "Tweet text",
 }  # fmt: skip
 FOLDS = ROUNDS = 5
-EPOCHS = 15
-LONGEST = 400  # characters of a text that are read
+EPOCHS = 12
+LONGEST = 256  # characters of a text that are read
 
 
 def every_cell() -> Iterator[Cell]:
