@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 
-from paretune import backbones, onnx_files, store, tasks, training
+from paretune import backbones, onnx_files, serving, store, tasks, training
 from paretune.errors import DataError, MeterError
 from paretune.meters import energy, flops, memory, protocol, throughput
 from paretune.meters.reading import Reading, missing
@@ -77,8 +77,11 @@ def answers(run: store.Run, rows: Iterable[Any]) -> list[dict[str, Any]]:
     return list(stream(run, rows))
 
 
-def stream(run: store.Run, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
+def stream(run: store.Run, rows: Iterable[Any], *, told: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
     """Answers for rows as they come, a few hundred in memory at a time.
+
+    Args:
+        told: is told when a faster way of answering takes over (`serving`); without it, every answer is the saved model's own.
 
     Raises:
         DataError: for a row that is neither a text nor a dict with the task's columns.
@@ -86,9 +89,9 @@ def stream(run: store.Run, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
     task = task_of(run)
     model = open_model(run.model, task)
     rows = iter(rows)
-    while chunk := [_row(task, row) for row in itertools.islice(rows, CHUNK)]:
-        for prediction in training.predict(model, task, rows=chunk):
-            yield task.kind.answer(task, prediction)
+    with serving.Server(serving.plain(model, task), ways=serving.ways(run, model, task=task) if told else (), told=told or str) as answer:
+        while chunk := [_row(task, row) for row in itertools.islice(rows, CHUNK)]:
+            yield from answer(chunk)
 
 
 def _row(task: Task, row: Any) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from paretune.meters.spending import Spending, Spent
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.options import Options
 from paretune.planning import fitting
-from paretune.recipe import Phase, Recipe, is_training, spell
-from paretune.roles import Adapter, Examples, Modifier, Readout, Transform
+from paretune.recipe import Phase, Recipe, as_recipe, is_training, spell
+from paretune.roles import Adapter, Examples, Method, Modifier, Readout, Transform
 from paretune.tasks import Task
 
 
@@ -230,12 +230,24 @@ def _metered(plan: Plan, work: Callable[[Spending], Any], all_of: Callable[[Spen
     }  # fmt: skip
 
 
-def shrink(model: nn.Module, method: Any, task: Task | None = None) -> nn.Module:
-    """One transform or readout applied to a model, with the training split where it asks for examples.
+def shrink(model: nn.Module, methods: Any, task: Task | None = None) -> nn.Module:
+    """Transforms and readouts applied to a model one after another, with the training split where they ask for examples.
+
+    Args:
+        model: stays the same object.
+        methods: one, or a recipe of them: `Int8()`, "vocabulary | int8".
+        task: for what reads examples.
 
     Raises:
         Incompatible: for a method that needs examples and no task, or that is no transform or readout.
     """
+    for phase in as_recipe(methods).phases:
+        for method in phase:
+            _change(model, method, task=task)
+    return model
+
+
+def _change(model: nn.Module, method: Method, *, task: Task | None) -> None:
     if not isinstance(method, Transform | Readout):
         raise Incompatible(f"{method!r} is {method.role}, not a transform or readout; use adapt and fit for what learns")
     needs = isinstance(method, Readout) or method.needs_examples
@@ -243,14 +255,13 @@ def shrink(model: nn.Module, method: Any, task: Task | None = None) -> nn.Module
         raise Incompatible(f"{method!r} reads training examples; give the task: shrink(model, {method!r}, task)")
     if isinstance(method, Readout):
         _fit(model, method, task)
-        return model
+        return
     examples = Examples(task, surgery.state(model).processor) if task else None
     if isinstance(method, registry.get("merge")) and not surgery.state(model).active:
         surgery.settle(model)  # what was selected was folded when its phase ended
     else:
         method.apply(model, examples)
     hub.refresh(model)
-    return model
 
 
 def _fit(model: nn.Module, readout: Readout, task: Task | None) -> int:

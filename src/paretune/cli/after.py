@@ -116,17 +116,18 @@ def _task(run: Run) -> tuple[str, ...]:
 
 
 @verb("paretune predict out/runs/0123456789abcdef new.csv --out predictions.csv")
-def predict(folder: str, rows: str, *, answers: str | None) -> None:
+def predict(folder: str, rows: str, *, answers: str | None, exact: bool) -> None:
     """Answers the rows of a new file with a finished RUN.
 
-    The answers, labels and probabilities, are one line for each row, in order.
+    The answers, labels and probabilities, are one line for each row, in order. Of many rows, the later ones are answered in another
+    number format or by another runtime where that is faster and answers alike, which is then said.
     """
     if answers and Path(answers).suffix not in _WRITERS:
         raise click.UsageError(f"--out {answers}: predictions are written as {' or '.join(_WRITERS)}")
     from paretune import inference, store, tasks
 
     run = store.Run.read(folder)
-    found = inference.stream(run, tasks.inputs(inference.task_of(run), rows))
+    found = inference.stream(run, tasks.inputs(inference.task_of(run), rows), told=None if exact else say)
     if answers is None:
         _csv(found, sys.stdout)
         return
