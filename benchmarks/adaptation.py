@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,7 +59,7 @@ ORDER = (  # the weaker, the stronger, who found that on full data sets
     ("diff pruning", "full", "equal in Guo et al. 2021"),
 )
 DRAWS = 2000  # of the bootstrap
-INTERPRETERS = {"peft": cells.ROOT / ".venv" / "bin" / "python", "adapters": cells.ROOT / ".venv-oracles" / "bin" / "python"}
+INTERPRETERS = {"peft": sys.executable, "adapters": str(cells.ROOT / ".venv-oracles" / "bin" / "python")}
 
 
 def every_cell() -> Iterator[Cell]:
@@ -128,7 +129,7 @@ def _peer(peer: tuple[str, str, dict[str, Any], tuple[float, ...]], given: Task,
     train, validation, test = (data.encoded(given, split, source=source, longest=LONGEST) for split in ("train", "validation", "test"))
     job = {"library": library, "config": config, "arguments": arguments, "source": source, "outputs": len(given.labels) or 1, "train": train,
            "test": [*validation, *test], "lr": lr, "epochs": EPOCHS, "batch": BATCH, "seed": seed, "like_ours": pace}  # fmt: skip
-    command = (str(INTERPRETERS[library]), peers.__file__)
+    command = (INTERPRETERS[library], peers.__file__)
     if costed:
         with peers.Worker(*command) as worker:
             found = worker.ask(job)

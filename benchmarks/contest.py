@@ -133,7 +133,7 @@ def _asked(library: str, job: dict[str, Any]) -> dict[str, Any]:
     if library == "paretune":
         command: tuple[str, ...] = (sys.executable, "-m", "benchmarks.contest", SERVE)
     else:
-        command = (str(adaptation.INTERPRETERS.get(library, sys.executable)), peers.__file__)
+        command = (adaptation.INTERPRETERS.get(library, sys.executable), peers.__file__)
     if command not in _WORKERS:
         _WORKERS[command] = peers.Worker(*command)
         _WORKERS[command].ask(job)

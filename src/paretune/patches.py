@@ -35,6 +35,11 @@ class Patch(nn.Module):
         self.settled = False  # has it given up its training form?
         self.borrow(None)
 
+    @property
+    def plain(self) -> bool:
+        """Does it act on what the module takes and gives, and nowhere else?"""
+        return not (self.wraps or self.reweighs or self.attends)
+
     def borrow(self, shared: nn.Module | None) -> None:
         """Takes the adapter's shared module, not as a child: its tensors are stored once, where it is installed."""
         self.__dict__["shared"] = shared
@@ -89,6 +94,8 @@ class Selected(Patch):
 
     While the adapter is active the module has the trained values and this the original ones; a switch exchanges them.
     """
+
+    plain = False
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         super().__init__()

@@ -52,9 +52,9 @@ class Seam(nn.Module):
 
     def patches(self, adapters: Sequence[str] | None = None) -> Iterator[tuple[str, str, Patch]]:
         """(adapter, method key, patch) of the given adapters, or of all."""
-        for adapter, group in self.named_children():
+        for adapter, group in self._modules.items():
             if adapters is None or adapter in adapters:
-                for key, patch in group.named_children():
+                for key, patch in group._modules.items():  # type: ignore[union-attr]
                     if isinstance(patch, Patch):
                         yield adapter, key, patch
 
@@ -91,6 +91,14 @@ class Seam(nn.Module):
         for adapter, key in self.captures:
             if adapter in names:
                 _waiting.inputs[key] = _first_input(args, kwargs)
+        working = [(adapter, patch) for adapter, _, patch in self.patches((*names, *OWN))]
+        if any(adapter in OWN or not patch.plain for adapter, patch in working):
+            forward, kwargs, working = self._arranged(forward, args, kwargs)
+        return self._patched(working, forward, args, kwargs) if working else forward(*args, **kwargs)
+
+    def _arranged(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any], list[tuple[str, Patch]]]:
+        """The forward with the patches in and around it that act otherwise than on what it takes and gives; its keywords; the patches that are left."""
+        names = self._serving()
         patches = [(a, p) for a, _, p in self.patches(names) if not isinstance(p, Selected)]
         ranges = self.ranges()  # codes hold W + BA, so that what folds is summed up before it is rounded
         inside = [p for _, p in patches if p.reweighs or ranges is not None and not (p.wraps or p.attends) and p.method.foldable]
@@ -100,8 +108,7 @@ class Seam(nn.Module):
             forward = functools.partial(around, forward)
         if self.attending():
             kwargs = {**kwargs, attention.INPUT: _first_input(args, kwargs)}
-        working = [(a, p) for a, p in patches if not (p.wraps or p.attends or p in inside)]
-        return self._patched(working, forward, args, kwargs) if working else forward(*args, **kwargs)
+        return forward, kwargs, [(a, p) for a, p in patches if not (p.wraps or p.attends or p in inside)]
 
     def _wrapping(self, names: Sequence[str]) -> Iterator[Callable[..., Any]]:
         """What goes around the call: each patch; or, where rows have adapters of their own, the patches of a method together. A readout is outermost."""

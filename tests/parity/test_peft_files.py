@@ -60,7 +60,8 @@ def adapted(plain: nn.Module, recipe: str) -> nn.Module:
 
 
 def answer(model: nn.Module, family: str) -> Tensor:
-    inputs = tiny.inputs(family)
+    dtype = next(model.parameters()).dtype
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tiny.inputs(family).items()}
     if model.config.is_encoder_decoder and hasattr(model, "lm_head"):
         inputs["decoder_input_ids"] = inputs["input_ids"]
     with torch.no_grad():
@@ -83,9 +84,10 @@ def test_peft_computes_what_we_wrote(family: str, recipe: str, tmp_path: Path) -
     model = adapted(plain, recipe)
     peft_format.save(model, tmp_path, base="somewhere")
     theirs = opened_by_peft(plain, tmp_path)
-    assert torch.allclose(answer(theirs, family), answer(model, family), rtol=0, atol=TOLERANCE)
     with theirs.disable_adapter():
         assert (answer(theirs, family) - answer(plain, family)).abs().max() == 0
+    theirs, model = theirs.double(), model.double()  # in fp32 T5 is farther than that from itself in double, theirs and ours
+    assert torch.allclose(answer(theirs, family), answer(model, family), rtol=0, atol=TOLERANCE)
     surgery.switch(model)
     assert (answer(theirs, family) - answer(model, family)).abs().max() > 1e-2, "the adapters do something beyond the head"
 

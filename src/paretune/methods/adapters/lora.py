@@ -75,13 +75,16 @@ class LowRank(Patch):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.inner(x)
-        if h.dtype == y.dtype == torch.bfloat16:  # summed up within the product; it rounds otherwise than PEFT's sum, far below what bf16 does
-            return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), self.B.T, alpha=self.scale).view(y.shape)
-        return y + self.scale * F.linear(h, self.B).to(y.dtype)
+        if h.dtype != y.dtype:
+            return y + self.scale * F.linear(h, self.B).to(y.dtype)
+        rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])  # summed up within the product: y is read and written once
+        if torch.is_grad_enabled():
+            return torch.addmm(rows, h, self.B.T, alpha=self.scale).view(y.shape)
+        return rows.addmm_(h, self.B.T.to(h.dtype), alpha=self.scale).view(y.shape)
 
     def inner(self, x: Tensor) -> Tensor:
         """A x: (B, T, I) to (B, T, r)."""
-        return F.linear(fitting(F.dropout(x, self.dropout, self.training), self.A), self.A)
+        return F.linear(fitting(F.dropout(x, self.dropout) if self.training and self.dropout else x, self.A), self.A)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
         return self.scale * (self.B.float() @ self.A.float()), None  # ΔW = s B A
