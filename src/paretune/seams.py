@@ -132,10 +132,11 @@ class Seam(nn.Module):
             args, kwargs = _with_first_input(args, kwargs, inputs[-1])
         out = forward(*args, **kwargs)
         y = out[0] if isinstance(out, tuple) else out
+        waiting = _waiting.inputs
         for (adapter, patch), x in zip(working, reversed(inputs[:-1]), strict=True):
-            y = self._applied(adapter, patch, _waiting.inputs.get(capture_key(patch.site), x), y)
-        for _, patch in working:
-            _waiting.inputs.pop(capture_key(patch.site), None)
+            y = self._applied(adapter, patch, waiting.get(capture_key(patch.site), x) if waiting else x, y)
+        for _, patch in working if waiting else ():
+            waiting.pop(capture_key(patch.site), None)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _applied(self, adapter: str, patch: Patch, x: Tensor, y: Any) -> Any:

@@ -84,7 +84,8 @@ class LowRank(Patch):
 
     def inner(self, x: Tensor) -> Tensor:
         """A x: (B, T, I) to (B, T, r)."""
-        return F.linear(fitting(F.dropout(x, self.dropout) if self.training and self.dropout else x, self.A), self.A)
+        A = self.A  # noqa: N806 - as in the equation
+        return F.linear(fitting(F.dropout(x, self.dropout) if self.training and self.dropout else x, A), A)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
         return self.scale * (self.B.float() @ self.A.float()), None  # ΔW = s B A

@@ -1,0 +1,129 @@
+"""What adapters that stay apart cost at each answer, and how much faster many rows can be answered.
+
+    python -m benchmarks.serving [--rounds 7]
+
+MiniLM on SST-2. Ways take turns within a round, every second round backwards; the merged model runs twice as the A/A control. Needs the
+folder of data sets (`benchmarks/data.py`) and, for graphs, `paretune[onnx]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import paretune as pt
+from benchmarks import cells, data
+from paretune import inference, serving
+from paretune.meters import system
+
+RECIPES = ("lora(r=8)", 'lora(r=8, targets="query value")', "lora(r=64)", "ia3")
+BATCHES = {1: 200, 32: 10}  # texts at a time, and how many times in a round
+MERGED, AGAIN, SAVED = "merged", "merged, again", "as saved"
+ROWS = 1000
+FILE = Path(__file__).parent / "results" / "serving.json"
+PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
+
+
+def main() -> None:
+    """Runs the rounds and writes the file and the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--table", action="store_true", help="only write docs/serving.md from the file")
+    asked = parser.parse_args()
+    if not asked.table:
+        found = {"environment": system.describe(), "threads": torch.get_num_threads(), "unmerged": unmerged(asked.rounds), "many": many(asked.rounds)}
+        FILE.write_text(json.dumps(found, indent=1) + "\n")
+    PAGE.write_text(page(json.loads(FILE.read_text())))
+
+
+def unmerged(rounds: int) -> dict[str, dict[str, list[float]]]:
+    """CPU seconds of an answer by batch, with the adapter apart and merged."""
+    given = data.task("sst2", train=8, validation=1, test=200)
+    benches = {MERGED: _bench(RECIPES[0], given, merged=True), AGAIN: _bench(RECIPES[0], given, merged=True)}
+    benches |= {recipe: _bench(recipe, given, merged=False) for recipe in RECIPES}
+    return {
+        str(batch): _timed({name: b.one if batch == 1 else b.many(batch) for name, b in benches.items()}, rounds, times) for batch, times in BATCHES.items()
+    }
+
+
+def _bench(recipe: str, given: Any, *, merged: bool) -> inference.Bench:
+    model = pt.adapt(pt.load("minilm", given), recipe).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "paretune" in name:
+            torch.nn.init.normal_(parameter, std=0.01)  # as if it had learned
+    return inference.Bench(pt.shrink(model, pt.Merge()) if merged else model, given)
+
+
+def _timed(ways: dict[str, Callable[[], Any]], rounds: int, times: int) -> dict[str, list[float]]:
+    """CPU seconds of one call, by way and round; a first round only warms up."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(rounds + 1):
+        for name in list(ways)[:: 1 if i % 2 else -1]:
+            begun = time.process_time()
+            for _ in range(times):
+                ways[name]()
+            taken[name].append((time.process_time() - begun) / times)
+    return {name: seconds[1:] for name, seconds in taken.items()}
+
+
+def many(rounds: int) -> dict[str, Any]:
+    """CPU seconds of answering many rows, as `paretune predict` may: the saved model's way, and what else it tries."""
+    given = data.task("sst2", train=200, validation=50, test=ROWS)
+    with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as entered:
+        made = data.finished(RECIPES[0], given, out=out, epochs=1)
+        task = inference.task_of(made)
+        answers = {SAVED: serving.plain(inference.open_model(made.model, task), task)}
+        for way in serving.ways(made, inference.open_model(made.model, task), task=task):
+            answers[way.name] = way.ready(entered)
+        rows = list(given.test)
+        truth = answers[SAVED](rows)
+        same = {name: sum(map(serving.alike, truth, answer(rows))) for name, answer in answers.items()}
+        return {"cpu_s": _timed({name: lambda answer=answer: answer(rows) for name, answer in answers.items()}, rounds, 1), "alike": same}
+
+
+def page(found: dict[str, Any]) -> str:
+    """docs/serving.md, from the file."""
+    rows = []
+    for name in (MERGED, AGAIN, *RECIPES):
+        shown = [f"{1e3 * statistics.median(times[name]):.2f} ({_ratio(times, name, MERGED)})" for times in found["unmerged"].values()]
+        rows.append([name if name in (MERGED, AGAIN) else f"`{name}`", *shown])
+    times = found["many"]["cpu_s"]
+    faster = [[name, f"{ROWS / statistics.median(times[name]):,.0f}", _ratio(times, SAVED, name), f"{found['many']['alike'][name]:,} of {ROWS:,}"] for name in times]
+    return f"""# Answers: adapters left on, and many rows
+
+MiniLM on SST-2, {found["threads"]} threads of {found["environment"].get("cpu")}; CPU time, medians of {len(times[SAVED])} rounds with the range of the ratios.
+
+## Adapters that stay apart
+
+Milliseconds of CPU time of a call, and times as much as with `{RECIPES[0]}` merged ("{AGAIN}" is the A/A control). `export` merges; several adapters on one
+backbone, or one to be switched off, stay apart.
+
+{cells.markdown(["adapter", *(f"{n} at a time" for n in BATCHES)], rows)}
+
+## Many rows
+
+What `paretune predict` finds for a large file: {ROWS:,} test sentences with `{RECIPES[0]}`, left on. "Alike" are answers with the same label and probabilities
+within {serving.APART:g}. A faster way takes over once a trial costs less than {serving.SHARE:.0%} of the time spent, if {serving.ALIKE:.0%} of the answers are alike.
+
+{cells.markdown(["way", "rows per CPU second", "times as fast as saved", "alike"], faster)}
+
+Made by `python -m benchmarks.serving` from `benchmarks/results/serving.json`; `--table` makes it again from the file.
+"""
+
+
+def _ratio(times: dict[str, list[float]], above: str, below: str) -> str:
+    ratios = sorted(a / b for a, b in zip(times[above], times[below], strict=True))
+    return f"{statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}"
+
+
+if __name__ == "__main__":
+    main()
