@@ -301,7 +301,8 @@ def _coerce(method: Method, field: dataclasses.Field, hint: Any, value: Any) -> 
     if isinstance(value, tuple) and inside and not all(isinstance(v, inside) and not isinstance(v, bool) for v in value):
         raise RecipeError(f"{where}: the list holds {one_of(_MANY.get(k, k.__name__) for k in inside)} alone")
     if isinstance(value, bool) and bool not in kinds or not isinstance(value, kinds):
-        raise RecipeError(f"{where}: {field.name} is {one_of(_TYPES.get(k, k.__name__) for k in kinds)}, not {type(value).__name__}")
+        listed = f"; write {field.name}={spell_value(tuple(value.split()))}" if isinstance(value, str) and inside == (str,) else ""
+        raise RecipeError(f"{where}: {field.name} is {one_of(_TYPES.get(k, k.__name__) for k in kinds)}, not {type(value).__name__}{listed}")
     limits = field.metadata
     choices, low, high = limits.get("choices"), limits.get("low"), limits.get("high")
     if choices and value not in choices:

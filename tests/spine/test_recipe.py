@@ -157,6 +157,7 @@ def test_a_method_is_frozen_and_lists_become_tuples():
         ("lora(r=2.5)", "r is a whole number, not float"),
         ("lora(r='2')", "r is a whole number, not str"),
         ("lora(r=True)", "r is a whole number, not bool"),
+        ("in_context(words='bad good')", 'words is a list, not str; write words=["bad", "good"]'),
         ("lora(dropout=1.5)", "dropout is from 0.0 to 1.0"),
         ("lora(r=4, r=5)", "r is given twice"),
         ("lora(1, 2, 0.1, 'query', True, True, 7)", "has 6 knobs, and more values were given"),
