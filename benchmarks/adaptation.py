@@ -52,7 +52,7 @@ PEERS: dict[str, tuple[str, str, dict[str, Any], tuple[float, ...]]] = {  # libr
     "adapters: ia3": ("adapters", "IA3Config", {}, ADDED),
 }
 ORDER = (  # the weaker, the stronger, who found that on full data sets
-    ("head", "full", "Houlsby et al. 2019"), ("prompt", "prefix", "Liu et al. 2022, P-tuning v2"), ("prompt", "bitfit", "Mahabadi et al. 2021"),
+    ("head", "full", "Peters et al. 2019"), ("prompt", "prefix", "Liu et al. 2022, P-tuning v2"), ("prompt", "bitfit", "Mahabadi et al. 2021"),
     ("intrinsic dimension", "bitfit", "Mahabadi et al. 2021"), ("bitfit", "lora", "Hu et al. 2021"), ("bitfit", "houlsby", "He et al. 2022"),
     ("prefix", "lora", "He et al. 2022"), ("pfeiffer", "parallel", "He et al. 2022"), ("prefix", "mam", "He et al. 2022"), ("bitfit", "unipelt", "Mao et al. 2022"),
     ("compacter", "full", "equal in Mahabadi et al. 2021"), ("lora", "full", "equal in Hu et al. 2021"), ("mask", "full", "equal in Zhao et al. 2020"),
