@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from paretune import attention
 from paretune.anatomy import Site
@@ -18,6 +19,11 @@ from paretune.anatomy import Site
 def fitting(x: Tensor, weight: Tensor) -> Tensor:
     """x as a linear map with this weight takes it: in the weight's number format, and as it is under autocast, which casts by itself."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
+def openness(x: Tensor, gate: Tensor) -> Tensor:
+    """σ(w·x + b) of each token: (B, T, I) to (B, T, 1); the gate (I + 1) holds w and, last, b."""
+    return torch.sigmoid(F.linear(fitting(x, gate), gate[None, :-1], gate[-1:]))
 
 
 class Patch(nn.Module):

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from paretune import anatomy, attention
 from paretune.anatomy import Site
-from paretune.patches import Patch, Selected, fitting
+from paretune.patches import Patch, Selected
 
 if TYPE_CHECKING:
     from paretune.roles import Adapter
@@ -34,11 +33,6 @@ READOUT = "readout"  # the name under which a readout's patches stand; they belo
 RANGES = "steps"  # the name of the step sizes that `qat` learned; they belong to the weights, and no switch turns them off
 ATTENTION = "efficient"  # the name of attention by other means (`attention/efficient.py`); it belongs to the model, and no switch turns it off
 OWN = (READOUT, RANGES, ATTENTION)  # what belongs to the model or its head, and to no adapter
-
-
-def openness(x: Tensor, gate: Tensor) -> Tensor:
-    """σ(w·x + b) of each token: (B, T, I) to (B, T, 1); the gate (I + 1) holds w and, last, b."""
-    return torch.sigmoid(F.linear(fitting(x, gate), gate[None, :-1], gate[-1:]))
 
 
 class Seam(nn.Module):

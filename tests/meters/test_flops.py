@@ -156,6 +156,7 @@ def test_products_with_vectors() -> None:
     assert flops.forward(lambda: torch.addmv(torch.ones(7), matrix, vector, alpha=2), module).value == 2 * 7 * 5
     assert flops.forward(lambda: vector @ vector, module).value == 2 * 5
     assert flops.forward(lambda: torch.addmm(torch.ones(4), torch.ones(3, 7), torch.ones(7, 4), beta=2), module).value == 2 * 3 * 7 * 4
+    assert flops.forward(lambda: torch.ones(3, 4).addmm_(torch.ones(3, 7), torch.ones(7, 4)), module).value == 2 * 3 * 7 * 4
 
 
 @pytest.mark.filterwarnings("ignore")  # nested tensors are a prototype

@@ -185,7 +185,7 @@ _MISSED = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     **dict.fromkeys((_ATEN.mm, _ATEN.mv), _product),
-    **dict.fromkeys((_ATEN.addmm, _ATEN.addmv, _ATEN._sparse_addmm), _added_product),
+    **dict.fromkeys((_ATEN.addmm, _ATEN.addmm_, _ATEN.addmv, _ATEN._sparse_addmm), _added_product),
     **dict.fromkeys((_ATEN.dot, _ATEN.vdot), _dot),
     **dict.fromkeys(_kernels(_PACKED), _packed),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +22,7 @@ from paretune.errors import MeterError
 from paretune.meters.reading import Reading, missing
 
 UNFINISHED = "the saved model does not work in a fresh process"  # how the reason of a failed peak-memory pass begins
+_MMAP_THRESHOLD, AT_ONCE_B, KEPT_B = -3, 128 * 1024, 32 * 1024 * 1024  # of mallopt; from how many bytes on a block has pages of its own
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -45,7 +48,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before_mb = torch.cuda.memory_allocated(self.device) / 1e6
             return self
-        _give_back()
+        give_back()
         self.before_mb = _resident() / 1e6
         if not _reset():
             self._thread = threading.Thread(target=self._sample, daemon=True, name="peak memory")
@@ -138,11 +141,29 @@ def _resident() -> int:
     return psutil.Process().memory_info().rss
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Returns freed memory to the system, where the C library knows how; after fifty trainings in one process it had kept 3 GB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
+    _glibc("malloc_trim", 0)
+
+
+@contextlib.contextmanager
+def given_back_at_once() -> Iterator[None]:
+    """Tensors let go inside the block go back to the system, where the C library knows how; else it keeps them, in pieces, as much again as is held.
+
+    It costs time: pages are made anew (MiniLM, 456 tokens at once, fp32: 100 MB added by a step in place of 200, for a quarter more CPU time).
+    """
+    give_back()
+    _glibc("mallopt", _MMAP_THRESHOLD, AT_ONCE_B)
+    try:
+        yield
+    finally:
+        _glibc("mallopt", _MMAP_THRESHOLD, KEPT_B)  # its own rule moves the threshold up to there, and can't be had back
+
+
+def _glibc(name: str, *values: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function:
+        function(*values)
 
 
 def _reset() -> bool:

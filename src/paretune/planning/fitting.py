@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from paretune import batches, surgery, training
 from paretune.errors import BudgetError
 from paretune.events import Events
+from paretune.meters import memory
 from paretune.step import adamw, packing, probe
 from paretune.step.probe import Pace
 from paretune.units import show
@@ -33,6 +34,7 @@ from paretune.units import show
 GRADIENT_B, KEPT_B = 4, 12  # bytes for each number that learns: its gradient; Adam's two moments and the best epoch's value
 SLACK = 1.05  # what the allocator holds beyond what it is asked for
 KERNEL_B, KERNELS = 0.66e6, 1024  # in bf16 on a CPU oneDNN keeps a kernel for each shape of product, at most so many; the size is fitted to docs/plan.md
+CODE_B = 50e6  # of libraries, read into memory when steps are the first to run it (40 MB in 19 steps of MiniLM in fp32), and buffers that stay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,14 +170,19 @@ def kernels_b(loop: training.Loop, counts: int, *, dtype: str) -> float:
     return KERNEL_B * min(KERNELS, counts * (len(maps) + len(through) + len(taught)))
 
 
+def shapes(lengths: Sequence[int]) -> int:
+    """How many shapes batches of examples of these lengths have, about: whole parts of each width, and what is left of a step."""
+    return 2 * len({batches.width([length], most=max(lengths)) for length in set(lengths)})
+
+
 def worst(found: Appetite, lengths: Sequence[int], *, batch: int, tokens: int) -> float:
     """Bytes that the hungriest part of any step holds, where at most `tokens` pass through at once, or one example."""
     return max(found.of(max(1, min(batch, tokens // max(1, length))), length) for length in set(lengths))
 
 
 def resident_b(device: torch.device) -> float:
-    """Bytes that this process has in memory; on a card what torch has allocated there."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    """Bytes that this process has in memory, with what first steps will leave there; on a card what torch has allocated there."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss + CODE_B
 
 
 def encodings_b(encodings: Sequence[dict[str, Any]]) -> float:
@@ -229,8 +236,9 @@ def choose(loop: training.Loop, limit_mb: float) -> Cut:
         BudgetError: where not even single examples fit, with the least memory possible.
     """
     learning = sum(p.numel() for p in loop.parameters.values())
-    kernels = 0.0 if loop.schedule.dtype == "fp32" else kernels_b(loop, KERNELS, dtype="bf16")
-    start, least = resident_b(loop.accelerator.device) + kernels, float("inf")
+    counts = KERNELS if loop.schedule.pack else shapes(loop.lengths)
+    kernels = 0.0 if loop.schedule.dtype == "fp32" else kernels_b(loop, counts, dtype="bf16")
+    least = float("inf")
     batch, whole = _largest(loop)
     most = min(whole, batches.CACHED if loop.accelerator.device.type == "cpu" else sys.maxsize)
 
@@ -241,8 +249,9 @@ def choose(loop: training.Loop, limit_mb: float) -> Cut:
         if checkpointing and not getattr(loop.model, "supports_gradient_checkpointing", False):
             break
         found = _hungriest(loop, checkpointing=checkpointing)
+        before = resident_b(loop.accelerator.device)  # after the first passes, whose buffers stay
 
-        def peak_mb(tokens: int, found: Appetite = found) -> float:
+        def peak_mb(tokens: int, found: Appetite = found, start: float = before + kernels) -> float:
             passing = packing.places(tokens) if loop.schedule.pack else tokens
             held = worst(found, loop.lengths, batch=batch, tokens=passing)
             return peak_b(start, learning=learning, held=held, parts=not within(tokens), within=True) / 1e6
@@ -255,9 +264,11 @@ def choose(loop: training.Loop, limit_mb: float) -> Cut:
             return Cut(fits, checkpointing, peak_mb(fits), limit_mb, within(fits))
         least = min(least, *map(peak_mb, steps))
     hint = ", or set schedule(clip=0), with which each gradient of a whole step goes at once" * bool(loop.schedule.clip)
+    hint += ", or take --dtype fp32, which keeps fewer kernels" * (loop.schedule.dtype != "fp32")
     raise BudgetError(
         f"{loop.settings.name}: {show(limit_mb * 1e6, 'B')} of memory are too little; {show(least * 1e6, 'B')} are the least, with one example at a time and "
-        f"gradient checkpointing, {show(start, 'B')} of them before training begins; give more, shorten the texts with max_length, train fewer weights{hint}"
+        f"gradient checkpointing, {show(before, 'B')} of them before training begins and {show(kernels, 'B')} for kernels; "
+        f"give more, shorten the texts with max_length, train fewer weights{hint}"
     )
 
 
@@ -299,7 +310,8 @@ def within(model: Any, limit_mb: float | None) -> Iterator[list[Fitting]]:
         yield []
         return
     try:
-        yield [Fitting(limit_mb)]
+        with memory.given_back_at_once():
+            yield [Fitting(limit_mb)]
     finally:
         if getattr(model, "supports_gradient_checkpointing", False):
             model.activation_checkpointing_disable()

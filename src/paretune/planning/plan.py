@@ -175,6 +175,7 @@ class _Weigher(Events):
         learning = sum(p.numel() for p in loop.parameters.values())
         passes = self.epochs * len(self.asked.task.train) / len(rows)
         counts = round(sum(map(len, steps)) * passes) + training.watched_of(self.asked.task) // WATCHED_AT_ONCE
+        counts = counts if loop.schedule.pack else min(counts, fitting.shapes(lengths))
         self.resident_b += fitting.kernels_b(loop, counts, dtype=pace.dtype)
         parts, within = max(map(len, steps)) > 1, not adamw.needs_all(loop)
         self.peak_mb = fitting.peak_b(self.resident_b, learning=learning, held=held, parts=parts, within=within) / 1e6

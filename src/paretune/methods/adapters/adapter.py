@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from paretune import anatomy
 from paretune.anatomy import Site
 from paretune.card import Card, knob
+from paretune.patches import Patch, fitting, openness
 from paretune.roles import Adapter as AdapterRole
-from paretune.seams import Patch, fitting, openness
 
 PLACES = {"houlsby": "attention_block ffn_block", "pfeiffer": "ffn_block", "parallel": "ffn_block"}  # lin: each layer
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from paretune import anatomy
 from paretune.anatomy import Site
 from paretune.card import Card, knob
+from paretune.patches import Patch, fitting, openness
 from paretune.roles import Adapter
-from paretune.seams import Patch, fitting, openness
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

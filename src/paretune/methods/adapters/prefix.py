@@ -23,8 +23,8 @@ from paretune.anatomy import Site
 from paretune.attention import Attend, Call, efficient
 from paretune.card import Card, knob
 from paretune.errors import Incompatible, RecipeError
+from paretune.patches import Patch, openness
 from paretune.roles import Adapter
-from paretune.seams import Patch, openness
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
