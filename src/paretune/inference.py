@@ -89,7 +89,7 @@ def stream(run: store.Run, rows: Iterable[Any], *, told: Callable[[str], None] |
     task = task_of(run)
     model = open_model(run.model, task)
     rows = iter(rows)
-    with serving.Server(serving.plain(model, task), ways=serving.ways(run, model, task=task) if told else (), told=told or str) as answer:
+    with serving.Server(serving.plain(model, task), ways=serving.ways(run, model, task=task), told=told) as answer:
         while chunk := [_row(task, row) for row in itertools.islice(rows, CHUNK)]:
             yield from answer(chunk)
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from paretune import onnx_files, store, training
-from paretune.errors import Incompatible, StoreError
+from paretune.errors import ParetuneError
 from paretune.step import probe
 from paretune.tasks import Task
 from paretune.weights.packed import Packed
@@ -47,8 +47,8 @@ class Way:
 class Server(contextlib.AbstractContextManager):
     """Answers chunks of rows, and looks for a faster way meanwhile; at its end the model is as it was."""
 
-    def __init__(self, answer: Answer, *, ways: Sequence[Way], told: Callable[[str], None], clock: Callable[[], float] = time.perf_counter) -> None:
-        self._answer, self._ways, self._told, self._clock = answer, list(ways), told, clock
+    def __init__(self, answer: Answer, *, ways: Sequence[Way], told: Callable[[str], Any] | None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._answer, self._ways, self._told, self._clock = answer, list(ways) if told else [], told, clock  # never a silent change
         self._rows, self._spent_s = 0, 0.0
         self._entered = contextlib.ExitStack()
 
@@ -60,9 +60,16 @@ class Server(contextlib.AbstractContextManager):
         self._rows += len(rows)
         self._spent_s += took_s
         if self._ways and took_s + self._ways[0].seconds < SHARE * self._spent_s:
-            with contextlib.suppress(Incompatible, StoreError):  # of this way; rows are answered as before
-                self._try(self._ways.pop(0), rows, answers, took_s)
+            way = self._ways.pop(0)
+            try:
+                self._try(way, rows, answers, took_s)
+            except (ParetuneError, RuntimeError, OSError) as error:  # of the trial, which no row waits for
+                self._tell(f"{way.name}: not here ({error}); answers go on as before")
         return answers
+
+    def _tell(self, text: str) -> None:
+        if self._told:
+            self._told(text)
 
     def _timed(self, answer: Answer, rows: Sequence[Any]) -> tuple[list[dict[str, Any]], float]:
         begun = self._clock()
@@ -77,7 +84,7 @@ class Server(contextlib.AbstractContextManager):
             if took_s >= FASTER * seconds and same >= ALIKE * len(rows):
                 self._answer = answer
                 self._entered.enter_context(entered.pop_all())
-                self._told(f"from row {self._rows + 1:,} on {way.name}, {took_s / seconds:.1f} times as fast: {same} of {len(rows)} answers stay within {APART:g}")
+                self._tell(f"from row {self._rows + 1:,} on {way.name}, {took_s / seconds:.1f} times as fast: {same} of {len(rows)} answers stay within {APART:g}")
 
 
 def alike(answer: dict[str, Any], again: dict[str, Any]) -> bool:
@@ -95,7 +102,7 @@ def ways(run: store.Run, model: nn.Module, *, task: Task) -> list[Way]:
     coded = any(isinstance(module, (Packed, onnx_files.Runner)) for module in model.modules())
     if coded or any(p.dtype != torch.float32 for p in model.parameters()):
         return []
-    found = [Way("in bf16", functools.partial(_in_bf16, model.requires_grad_(False), task))]
+    found = [Way("in bf16", functools.partial(_in_bf16, model, task))]
     if next(model.parameters()).device.type == "cpu" and all(map(importlib.util.find_spec, onnx_files.NEEDED)):
         found.append(Way("as a graph of onnxruntime", functools.partial(_as_graph, run, task), GRAPH_S))
     return found
@@ -103,7 +110,7 @@ def ways(run: store.Run, model: nn.Module, *, task: Task) -> list[Way]:
 
 def _in_bf16(model: nn.Module, task: Task, entered: contextlib.ExitStack) -> Answer:
     pace = probe.Pace("bf16")
-    entered.enter_context(probe.paced(model, pace))
+    entered.enter_context(probe.paced(model.requires_grad_(False), pace))
     return plain(model, task, pace=pace)
 
 

@@ -74,15 +74,16 @@ def test_one_answer_in_a_hundred_may_differ_and_what_a_way_entered_stands_until_
     assert left == ["quick"]
 
 
-def test_a_way_that_cannot_be_is_passed_over():
+@pytest.mark.parametrize("error", [Incompatible("no graph has that"), RuntimeError("out of memory"), OSError("no space left")], ids=str)
+def test_a_way_that_fails_is_told_and_passed_over(error):
     def refused(entered):
-        raise Incompatible("not here")
+        raise error
 
     clock, told = Clock(), []
     with clock.server((None, Way("none", refused)), clock.way("quick", 0.1), told=told) as server:
         for _ in range(20):
             server(ROWS)
-    assert len(told) == 1 and "quick" in told[0]
+    assert told[0] == f"none: not here ({error}); answers go on as before" and "quick" in told[1] and len(told) == 2
 
 
 @pytest.mark.parametrize("again, same", [({"label": "a", "p": 0.508}, True), ({"label": "a", "p": 0.52}, False), ({"label": "b", "p": 0.5}, False)])

@@ -84,8 +84,8 @@ class LowRank(Patch):
 
     def inner(self, x: Tensor) -> Tensor:
         """A x: (B, T, I) to (B, T, r)."""
-        A = self.A  # noqa: N806 - as in the equation
-        return F.linear(fitting(F.dropout(x, self.dropout) if self.training and self.dropout else x, A), A)
+        x = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        return F.linear(fitting(x, self.A), self.A)
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
         return self.scale * (self.B.float() @ self.A.float()), None  # ΔW = s B A
