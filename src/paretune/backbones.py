@@ -124,6 +124,8 @@ def load(backbone: Backbone, task: Task | None, *, seed: int = 0, speaks: bool =
         model = auto.from_pretrained(backbone.source, ignore_mismatched_sizes=not same, **wanted)
         if task and not same and _brings_head(config, task):
             _renew_head(model)
+    if task and not same:
+        model.config.update(task.kind.scale(task))
     travel(model, read_processor(backbone.source, config))
     return model.float().eval() if model.dtype in (torch.float16, torch.bfloat16) and not _packed(config) else model.eval()
 

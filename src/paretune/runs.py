@@ -73,7 +73,7 @@ def _record(plan: Plan, spelling: str, records: list[dict[str, Any]], part: Path
         "backbone": plan.backbone.name, "backbone_revision": plan.backbone.revision, "weights_sha256": plan.backbone.weights_sha256,
         "task": task.name, "task_definition": task.define(), "task_fingerprint": task.fingerprint, "seed": plan.seed, "metric": task.metric,
         "validation_score": validation, "score": score, "score_low": low, "score_high": high, "score_interval": how,
-        "per_example": "per_example.json" if each else None,
+        "per_example": "per_example.json" if each else None, "label_scale": {k: v for k, v in model.config.to_dict().items() if k in ("label_mean", "label_std")},
         "loads_with": phases.loads_with(part / "model"), "phases": records, "cost": _training_cost(records, store.stored_mb(part / "model")).to_json(),
         "environment": {**system.describe(), "paretune": paretune.__version__, "device": plan.options.compute.device},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),

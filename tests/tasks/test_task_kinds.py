@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import paretune as pt
-from paretune import tasks
+from paretune import tasks, training
 from paretune.errors import BackboneError, DataError
 from paretune.tasks import Task
 from paretune.tasks.kinds import KINDS
@@ -97,14 +97,44 @@ def test_regression(tmp_path: Path) -> None:
     task = build(tmp_path, lambda i: {"text": sentence(i), "label": i / 8}, text="text", label="label")
     assert (task.kind.name, task.metric, task.labels) == ("regression", "pearson", ())
     assert "40 different numbers" in task.notes[0]
-    _, batch, outputs, total, count, predictions = run(task, load(task, "bert"), tiny.tokenizer(), task.test)
-    truth = torch.tensor(task.test.column("label"))
+    model = loaded(task, tmp_path)
+    _, batch, outputs, total, count, predictions = run(task, model, tiny.tokenizer(), task.test)
+    truth, known = torch.tensor(task.test.column("label")), torch.tensor(task.train.column("label"), dtype=torch.float64)
+    mean, std = float(known.mean()), float(known.std(correction=0))
+    assert (model.config.label_mean, model.config.label_std) == pytest.approx((mean, std))
     assert count == len(task.test)
-    assert float(total) == pytest.approx(float(((outputs.logits[:, 0] - truth) ** 2).sum()), rel=1e-5)
-    assert predictions == pytest.approx(outputs.logits[:, 0].tolist())
-    together = torch.stack([truth, torch.tensor(predictions)])
+    assert float(total) == pytest.approx(float(((outputs.logits[:, 0] - (truth - mean) / std) ** 2).sum()), rel=1e-5)
+    assert predictions == pytest.approx((std * outputs.logits[:, 0] + mean).tolist())
+    together = torch.stack([truth.double(), torch.tensor(predictions, dtype=torch.float64)])
     assert tasks.score(task, predictions, rows=task.test) == pytest.approx(float(torch.corrcoef(together)[0, 1]), abs=1e-5)
     assert tasks.per_example(task, predictions, rows=task.test) is None
+
+
+def loaded(task: Task, folder: Path) -> Any:
+    """A tiny backbone, loaded for the task as a user would."""
+    tiny.model("bert", "base").save_pretrained(folder / "bert")
+    tiny.tokenizer().save_pretrained(folder / "bert")
+    return pt.load(str(folder / "bert"), task)
+
+
+def test_the_scale_of_labels_is_learned_before_the_first_step(tmp_path: Path) -> None:
+    """Prices are as easy as stars: the same training, of which every answer is stretched and shifted as the labels are."""
+    found = []
+    for stretch, shift in ((1.0, 0.0), (60_000.0, 150_000.0)):
+        task = build(tmp_path, lambda i, stretch=stretch, shift=shift: {"text": sentence(i), "label": stretch * i / 8 + shift}, text="text", label="label")
+        model = loaded(task, tmp_path)
+        pt.adapt(model, "bitfit")
+        pt.fit(model, task, pt.Schedule(lr=1e-2, epochs=2, batch=8, dtype="fp32", dropout=False))
+        found.append(torch.tensor(training.predict(model, task, rows=task.test), dtype=torch.float64))
+    torch.testing.assert_close(found[1], 60_000 * found[0] + 150_000, rtol=1e-4, atol=60)
+
+
+def test_a_model_of_its_own_units_keeps_them(tmp_path: Path) -> None:
+    task = build(tmp_path, lambda i: {"text": sentence(i), "label": 100.0 + i}, text="text", label="label")
+    model = loaded(task, tmp_path)
+    del model.config.label_mean, model.config.label_std
+    (encoding,) = training.encode(task, task.test[:1], model=model)
+    assert encoding["labels"] == task.test[0]["label"]
 
 
 def tagged(i: int) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def render(record: Record, *, license_id: str | None = None) -> str:
 def _facts(record: Record, license_id: str | None) -> list[str]:
     definition = record.get("task_definition", {})
     classes = ", ".join(_plain(str(label)) for label in definition.get("labels", ()))
-    where = words.machine(record.get("environment", {})) or "machine not stated"
+    where, scale = words.machine(record.get("environment", {})) or "machine not stated", record.get("label_scale")
     facts = {
         "recipe, all knobs": _code(record.get("resolved") or record["recipe"]),
         "backbone": f"{_code(record['backbone'])}, revision {_code(str(record.get('backbone_revision') or 'unknown'))}, "
@@ -62,6 +62,7 @@ def _facts(record: Record, license_id: str | None) -> list[str]:
         "task": f"{_plain(str(definition.get('kind', 'kind not stated')))}, data {_code(str(definition.get('source') or record['task']))}, "
         f"fingerprint {_code(record['task_fingerprint'])}",
         "classes": classes,
+        "outputs": "standardized: an answer is {label_std:.10g} times the output, plus {label_mean:.10g}; `predict` gives answers".format(**scale) if scale else "",
         "made": f"{_plain(record.get('date') or 'date not stated')}, seed {record['seed']}, {_plain(where)}",
         "loads with": _code(record["loads_with"]),
     }

@@ -133,6 +133,10 @@ class Kind:
                 encoding["labels"] = self.label_value(task, row[column])
         return encodings
 
+    def scale(self, task: Task) -> dict[str, float]:
+        """What a model's config has to say of the scale of the labels that its new head learns; nothing of classes."""
+        return {}
+
     def label_value(self, task: Task, label: Any) -> Any:
         """The label as a number, or list of numbers, for the loss."""
         return task.labels.index(label)
