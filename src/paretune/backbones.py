@@ -166,9 +166,11 @@ def has_head(backbone: Backbone, task: Task) -> bool:
 def _has_head(config: dict[str, Any], task: Task) -> bool:
     if task.kind.auto_class in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
         return True
-    wanted = task.kind.config(task).get("id2label")
+    wanted = task.kind.config(task)
     given = {int(k): v for k, v in (config.get("id2label") or {}).items()}
-    return (_brings_head(config, task) or hub.speaks(config)) and (wanted is None or given == wanted)
+    count = len(given) or 2  # a config that names no labels means two
+    alike = given == wanted["id2label"] if "id2label" in wanted else wanted.get("num_labels", count) == count
+    return (_brings_head(config, task) or hub.speaks(config)) and alike
 
 
 def _brings_head(config: dict[str, Any], task: Task) -> bool:
