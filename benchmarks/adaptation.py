@@ -180,7 +180,8 @@ def page(table: Table) -> str:
 
 Test scores in percent (accuracy; Matthews for CoLA, Pearson for STS-B): the mean over {len(SEEDS)} seeds, with the lowest and the highest. {TRAIN} training
 texts, {EPOCHS} epochs in batches of {BATCH}, {TEST} test texts; the learning rate of every method of every library is the best of four on SST-2's validation split (one
-seed) and is used on all tasks. Where a method needs many more steps than these, that shows.
+seed) and is used on all tasks. Where a method needs many more steps than these, that shows. Of STS-B's labels paretune learns standardized ones, as it does of any
+regression; the peers learn them as they are.
 
 {cells.markdown(["method", *TASKS], scores)}
 
