@@ -147,7 +147,8 @@ def test_transforms_follow_it(method, later, tmp_path):
     model = phases.shrink(fitted(method, family), registry.get(later)(), work.task(family))
     found = answers(model, family)
     phases.save_model(model, tmp_path)
-    assert found.isfinite().all() and torch.equal(answers(inference.open_model(tmp_path, work.task(family)), family), found)
+    again = copy.deepcopy(inference.open_model(tmp_path, work.task(family)))  # a file's tensors lie where they lie in it, and some processors then sum otherwise
+    assert found.isfinite().all() and torch.equal(answers(again, family), found)
 
 
 @pytest.mark.parametrize("method", READOUTS, ids=str)
