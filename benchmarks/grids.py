@@ -36,6 +36,8 @@ class Grid:
     times: float = 100.0  # scores are shown as percentages
     also: Callable[[Run, Task], dict[str, float]] = lambda run, task: {}  # further figures of a run
     fields: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # the figures shown of a column, where not the score alone
+    claims: tuple[tuple[str, str, str], ...] = ()  # what the weaker recipes have in their text, the stronger in its place, who found that
+    claimed: str = "score"  # the figure that the claims are about
 
     def cells(self) -> Iterator[Cell]:
         """Every recipe on every task; seeds outermost."""
@@ -61,7 +63,20 @@ class Grid:
             rows.append([f"`{recipe}`", *scores, cells.mean(every, "trainable_parameters"), cells.mean(every, "train_cpu_s")])
         shown = cells.markdown(["recipe", *(c if field == "score" else f"{c}, {field}" for c, field in self._shown()), "trainable", "train CPU s"], rows)
         made = f"Made by `python -m benchmarks.grids {table.name}` from the files in `benchmarks/results/{table.name}/`; `--table` makes it again from them."
-        return f"# {self.title}\n\n{self.about} Mean over {len(self.seeds)} seeds, with the lowest and the highest.\n\n{shown}\n\n{made}\n"
+        about = f"{self.about} Mean over {len(self.seeds)} seeds, with the lowest and the highest."
+        return "\n\n".join([f"# {self.title}", about, shown, *self._order(table), made]) + "\n"
+
+    def _order(self, table: Table) -> list[str]:
+        """What the literature found, beside what was found here, where it says something of these recipes."""
+        if not self.claims:
+            return []
+        return [f"The order that the literature found, and the order here, by {self.claimed}, in points between runs of the same task and seed:",
+                cells.order(self.claims, functools.partial(self._gaps, table))]  # fmt: skip
+
+    def _gaps(self, table: Table, weaker: str, stronger: str) -> list[float]:
+        names = [(r, r.replace(weaker, stronger)) for r in self.recipes if weaker in r]
+        pairs = [[table.found(f"{recipe} {c} {s}") for recipe in pair] for pair in names for c in self.columns for s in self.seeds]
+        return [self.times * (b[self.claimed] - a[self.claimed]) for a, b in pairs if a and b and self.claimed in a]
 
     def _shown(self) -> list[tuple[str, str]]:
         return [(c, field) for c in self.columns for field in self.fields.get(c, ("score",))]
@@ -106,12 +121,17 @@ GRIDS = {
         title="Little data",
         about="Accuracy in percent on 500 test texts of SST-2; about 1,500 examples visited in training.",
         recipes=("full", "prefix", "prompt", "lora(r=8)"), columns=_little("sst2", 50, 100, 200, 500), epochs=_visits(1500),
+        claims=(("full", "prefix", "Li & Liang 2021, figure 3"), ("prompt", "prefix", "Liu et al. 2022, P-tuning v2")),
     ),
     "lora-ranks": Grid(
         title="Ranks and places of LoRA",
         about="Accuracy in percent on 500 test texts; 400 training texts, 5 epochs (Hu et al. 2021, tables 5 and 6, ask the same of GPT-3).",
         recipes=tuple(f'lora(r={r}, targets="{places}")' for places in ("query", "query value", "attention") for r in (1, 2, 4, 8, 64)),
         columns=_little("sst2", 400) | _little("trec6", 400), epochs=lambda task: 5.0,
+        claims=(
+            ('"query"', '"query value"', "Hu et al. 2021, table 5"), ('"query value"', '"attention"', "equal in Hu et al. 2021, table 5"),
+            ("r=1,", "r=8,", "equal in Hu et al. 2021, table 6"), ("r=8,", "r=64,", "equal in Hu et al. 2021, table 6"),
+        ),
     ),
     "defaults": Grid(
         title="The cards' rates after one epoch",
@@ -124,6 +144,10 @@ GRIDS = {
         about="Accuracy in percent on 500 test texts of SST-2; 400 training texts, 8 epochs (Lester et al. 2021, figure 3).",
         recipes=tuple(f'prompt(init="{start}", length={n})' for start in ("random", "vocabulary", "classes") for n in (1, 5, 20, 50)),
         columns=_little("sst2", 400), epochs=lambda task: 8.0,
+        claims=(
+            ("random", "vocabulary", "Lester et al. 2021, figure 3b"), ("vocabulary", "classes", "Lester et al. 2021, figure 3b"),
+            ("length=1)", "length=20)", "Lester et al. 2021, figure 3a"), ("length=20)", "length=50)", "equal in Lester et al. 2021, figure 3a"),
+        ),
     ),
     "causal": Grid(
         title="A causal model adapted to one author and to data-to-text",
@@ -135,6 +159,9 @@ GRIDS = {
         epochs=lambda task: 3.0 if task.kind.name == "generation" else 1.0,
         backbone=str(data.FOLDER / "checkpoints" / "books-gpt2"), times=1.0,
         also=lambda run, task: _spoken(run, task), fields={"e2e_nlg": ("score", *_SPOKEN)},
+        claims=tuple((weaker, stronger, f"Hu et al. 2021, table 3: {bleu}") for weaker, stronger, bleu in (
+            ("adapter", "full", "66.3, 68.2"), ("full", "prefix", "68.2, 69.7"), ("full", "lora(r=8)", "68.2, 70.4"), ("prefix", "lora(r=8)", "69.7, 70.4"),
+        )), claimed="BLEU",
     ),
 }  # fmt: skip
 
