@@ -31,6 +31,7 @@ class Grid:
     recipes: tuple[str, ...]
     columns: dict[str, Callable[[int], Task]]  # what a column is called -> its task for a seed
     epochs: Callable[[Task], float] = lambda task: 3.0
+    batch: int | None = None
     backbone: str = "minilm"
     seeds: tuple[int, ...] = (0, 1, 2)
     times: float = 100.0  # scores are shown as percentages
@@ -50,7 +51,7 @@ class Grid:
         """One run."""
         task = self.columns[column](seed)
         with tempfile.TemporaryDirectory() as out:
-            made = data.finished(recipe, task, out=out, seed=seed, backbone=self.backbone, epochs=self.epochs(task))
+            made = data.finished(recipe, task, out=out, seed=seed, backbone=self.backbone, epochs=self.epochs(task), batch=self.batch)
             return data.figures(made, task) | self.also(made, task)
 
     def page(self, table: Table) -> str:
@@ -113,21 +114,21 @@ _CAUSAL = ("full", "lora(r=8)", "adapter", "prefix", "bitfit")
 GRIDS = {
     "few-shot": Grid(
         title="Few examples of each class",
-        about="Accuracy in percent on 500 test texts; about 1,200 examples visited in training (from 3 to 30 epochs).",
+        about="Accuracy in percent on 500 test texts; about 1,200 examples visited in training (from 3 to 30 epochs), in batches of 16.",
         recipes=("prototypes", "imprint", "lora(r=8)", "ia3", "head", "full"),
-        columns=_few("trec6", 5, 10, 50) | _few("banking77", 5, 10, 50), epochs=_visits(1200),
+        columns=_few("trec6", 5, 10, 50) | _few("banking77", 5, 10, 50), epochs=_visits(1200), batch=16,
     ),
     "low-data": Grid(
         title="Little data",
-        about="Accuracy in percent on 500 test texts of SST-2; about 1,500 examples visited in training.",
-        recipes=("full", "prefix", "prompt", "lora(r=8)"), columns=_little("sst2", 50, 100, 200, 500), epochs=_visits(1500),
+        about="Accuracy in percent on 500 test texts of SST-2; about 1,500 examples visited in training, in batches of 16.",
+        recipes=("full", "prefix", "prompt", "lora(r=8)"), columns=_little("sst2", 50, 100, 200, 500), epochs=_visits(1500), batch=16,
         claims=(("full", "prefix", "Li & Liang 2021, figure 3"), ("prompt", "prefix", "Liu et al. 2022, P-tuning v2")),
     ),
     "lora-ranks": Grid(
         title="Ranks and places of LoRA",
-        about="Accuracy in percent on 500 test texts; 400 training texts, 5 epochs (Hu et al. 2021, tables 5 and 6, ask the same of GPT-3).",
+        about="Accuracy in percent on 500 test texts; 400 training texts, 5 epochs in batches of 16 (Hu et al. 2021, tables 5 and 6, ask the same of GPT-3).",
         recipes=tuple(f'lora(r={r}, targets="{places}")' for places in ("query", "query value", "attention") for r in (1, 2, 4, 8, 64)),
-        columns=_little("sst2", 400) | _little("trec6", 400), epochs=lambda task: 5.0,
+        columns=_little("sst2", 400) | _little("trec6", 400), epochs=lambda task: 5.0, batch=16,
         claims=(
             ('"query"', '"query value"', "Hu et al. 2021, table 5"), ('"query value"', '"attention"', "equal in Hu et al. 2021, table 5"),
             ("r=1,", "r=8,", "equal in Hu et al. 2021, table 6"), ("r=8,", "r=64,", "equal in Hu et al. 2021, table 6"),
@@ -141,9 +142,9 @@ GRIDS = {
     ),
     "prompts": Grid(
         title="Length and start of a prompt",
-        about="Accuracy in percent on 500 test texts of SST-2; 400 training texts, 8 epochs (Lester et al. 2021, figure 3).",
+        about="Accuracy in percent on 500 test texts of SST-2; 400 training texts, 8 epochs in batches of 16 (Lester et al. 2021, figure 3).",
         recipes=tuple(f'prompt(init="{start}", length={n})' for start in ("random", "vocabulary", "classes") for n in (1, 5, 20, 50)),
-        columns=_little("sst2", 400), epochs=lambda task: 8.0,
+        columns=_little("sst2", 400), epochs=lambda task: 8.0, batch=16,
         claims=(
             ("random", "vocabulary", "Lester et al. 2021, figure 3b"), ("vocabulary", "classes", "Lester et al. 2021, figure 3b"),
             ("length=1)", "length=20)", "Lester et al. 2021, figure 3a"), ("length=20)", "length=50)", "equal in Lester et al. 2021, figure 3a"),

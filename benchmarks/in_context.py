@@ -21,7 +21,7 @@ from paretune import inference
 from paretune.tasks import Task
 
 GPT2 = str(data.FOLDER / "checkpoints" / "books-gpt2")
-SEEDS, EPOCHS = (0, 1, 2), 15
+SEEDS, EPOCHS, BATCH = (0, 1, 2), 15, 16
 OF_EACH = {"sst2": 24, "trec6": 8}  # training texts of each class: 48 of both tasks
 SPOKEN = {  # a task -> how its labels are said
     "sst2": 'template="{text} It was {label}", words=["terrible", "great"]',
@@ -54,7 +54,7 @@ def one(name: str, task: str, seed: int) -> dict[str, Any]:
     given = grids.few_of_each(task, OF_EACH[task], seed)
     recipe = ROWS[name].replace(SAID, SPOKEN[task]).replace("SEED", f"seed={seed}")
     with tempfile.TemporaryDirectory() as out:
-        made = data.finished(recipe, given, out=out, seed=seed, backbone=GPT2, epochs=EPOCHS)
+        made = data.finished(recipe, given, out=out, seed=seed, backbone=GPT2, epochs=EPOCHS, batch=BATCH)
         counted = inference.Bench(inference.open_model(made.model, given), given).flops()
     return data.figures(made, given) | {"flops": counted.value, "majority": _majority(given)}
 
@@ -67,7 +67,7 @@ def page(table: Table) -> str:
     """docs/in_context.md and its figure, from the files."""
     found = {name: {task: [table.found(_cell(name, task, seed)) for seed in SEEDS] for task in SPOKEN} for name in ROWS}
     some = {task: next(filter(None, (f for of in found.values() for f in of[task])), None) for task in SPOKEN}
-    majority = ["most frequent label", *(cells.mean([f], "majority", digits=3) for f in some.values()), *["-"] * 3]
+    majority = ["most frequent label", *(f"{100 * f['majority']:.1f}" if f else cells.NOT_RUN for f in some.values()), *["-"] * 3]
     rows = [[name, *map(cells.mean_range, of.values()), *_costs([f for fs in of.values() for f in fs])] for name, of in found.items()]
     if all(some.values()):
         _figure(found, some)

@@ -1,6 +1,6 @@
 """What a training step of each adapter takes, beside full fine-tuning's.
 
-    python -m benchmarks.method_steps [--rounds 5]
+    python -m benchmarks.method_steps [--rounds 9]
 
 Every method trains MiniLM on the same texts of SST-2 in one process, through the library's own loop, at the pace that its probe
 finds. In each round the methods take turns, every second round backwards; `full` stands twice as the A/A control. Needs the
@@ -35,7 +35,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "method-steps.md"
 def main() -> None:
     """Runs the rounds and writes the file and the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--table", action="store_true", help="only write the page from the file")
     asked = parser.parse_args()
     if not asked.table:
@@ -62,16 +62,17 @@ def page(found: dict[str, Any]) -> str:
 
     def row(name: str) -> list[str]:
         ratios = [r[name] / r["full"] for r in rounds]
+        low, _, high = statistics.quantiles(ratios, n=4)
         return [name if name == AGAIN else f"`{RECIPES[name]}`", f"{1000 * statistics.median(r[name] for r in rounds):.0f}",
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]  # fmt: skip
+                f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"]  # fmt: skip
 
     order = sorted(RECIPES, key=lambda name: statistics.median(r[name] / r["full"] for r in rounds))
     cpu = found["environment"].get("cpu")
     return f"""# What a training step takes, by method
 
-MiniLM on SST-2 in batches of {BATCH}, whole steps with the optimizer's, without kept features; {found["threads"]} thread of
+MiniLM on SST-2 in batches of {BATCH}, whole steps with the optimizer's, without kept features; {found["threads"]} threads of
 {cpu}. Medians of {len(rounds)} rounds of {STEPS - 1} steps, all methods in turn;
-the ratios are to `full` of the same round, with their range, and "{AGAIN}" is the A/A control.
+the ratios are to `full` of the same round, half of the rounds between the two in brackets, and "{AGAIN}" is the A/A control.
 
 {cells.markdown(["method", "CPU ms per step", "CPU time, ratio to full"], map(row, order))}
 

@@ -21,7 +21,7 @@ from paretune.methods.adapters.surgical import FACT
 from paretune.tasks import Task
 
 SEEDS = (0, 1, 2)
-SOURCE, TRAIN, VALIDATION, TEST, EPOCHS = 1500, 50, 100, 500, 20
+SOURCE, TRAIN, VALIDATION, TEST, EPOCHS, BATCH = 1500, 50, 100, 500, 20, 16
 RECIPES = ("head", "full", "surgical", *(f'surgical(blocks="{block}")' for block in ("embeddings", "0", "1", "2", "3", "4", "5")))
 
 
@@ -61,7 +61,7 @@ def _source(seed: int) -> tuple[tempfile.TemporaryDirectory[str], str]:
 
 def one(recipe: str, shift: str, seed: int) -> dict[str, Any]:
     """One recipe, begun where SST-2 was learned."""
-    return data.one_run(recipe, SHIFTS[shift](seed), seed=seed, backbone=_source(seed)[1], epochs=EPOCHS)
+    return data.one_run(recipe, SHIFTS[shift](seed), seed=seed, backbone=_source(seed)[1], epochs=EPOCHS, batch=BATCH)
 
 
 def page(table: Table) -> str:
@@ -76,8 +76,8 @@ def page(table: Table) -> str:
     return f"""# A shift, and the layers that follow it
 
 Accuracy in percent on {TEST} test texts, the mean over {len(SEEDS)} seeds with the lowest and the highest. MiniLM is fine-tuned on
-{SOURCE:,} texts of SST-2 and then adapted to the shifted data with {TRAIN} texts, {EPOCHS} epochs at most, the cards' own rates; the epoch is chosen on
-{VALIDATION} validation texts. `surgical` chooses its block by the relative gradient norm over the {TRAIN} texts; what it chose stands beside, seed by seed.
+{SOURCE:,} texts of SST-2 and then adapted to the shifted data with {TRAIN} texts, {EPOCHS} epochs at most in batches of {BATCH}, the cards' own rates;
+the epoch is chosen on {VALIDATION} validation texts. `surgical` chooses its block by the relative gradient norm over the {TRAIN} texts; what it chose stands beside, seed by seed.
 
 {cells.markdown(["recipe", *SHIFTS, *(f"block, {shift}" for shift in SHIFTS), "trainable", "train CPU s"], rows)}
 

@@ -29,6 +29,7 @@ from paretune.step import adamw, cross_entropy, packing, probe
 from paretune.tasks import Task, score
 
 WATCHED = (256, 2048)  # validation examples scored after each epoch, at least and at most; a run's own validation score is over all of them
+PATIENT = 50  # steps that a training goes on without a better score, however short its epochs are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,8 @@ class Loop:
         return math.ceil(self.schedule.epochs)
 
     def _stalled(self) -> bool:
-        return self.best_epoch >= 0 and self.epoch - 1 - self.improved >= self.schedule.patience
+        waited = self.per_epoch[self.improved + 1 : self.epoch]  # steps, epoch by epoch
+        return self.best_epoch >= 0 and len(waited) >= self.schedule.patience and sum(waited) >= PATIENT
 
     def _probe_batch(self) -> dict[str, Tensor]:
         middle = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)

@@ -277,7 +277,8 @@ class Worse(training.Events):
                     parameter.fill_(-1.0)
 
 
-def test_it_stops_early_and_keeps_the_best_epoch():
+def test_it_stops_early_and_keeps_the_best_epoch(monkeypatch):
+    monkeypatch.setattr(training, "PATIENT", 0)
     spy, model = Spy(), adapted(method=Full())
     spy.seen = Worse()
     fit = work.fitted(model, work.text_task(train=24, validation=9), spy, epochs=8.0, lr=2e-2, patience=2)
@@ -286,3 +287,11 @@ def test_it_stops_early_and_keeps_the_best_epoch():
     assert len(scores) == scores.index(max(scores)) + 1 + 2 < 8, "an epoch that is only as good is no reason to go on"
     given = work.text_task(validation=9)
     assert score(given, training.predict(model, given, rows=given.validation), rows=given.validation) == max(scores)
+
+
+def test_short_epochs_do_not_stop_it_before_fifty_steps():
+    spy = Spy()
+    spy.seen = Worse()
+    fit = work.fitted(adapted(method=Full()), work.text_task(train=24, validation=9), spy, epochs=40.0, lr=2e-2, patience=2, batch=8)
+    scores, each = [e["validation_score"] for e in fit.epochs], 3  # steps
+    assert (len(scores) - 1 - scores.index(max(scores))) * each == 51
