@@ -77,7 +77,8 @@ def page(table: Table) -> str:
 
 Accuracy in percent on {TEST} test texts, the mean over {len(SEEDS)} seeds with the lowest and the highest. MiniLM is fine-tuned on
 {SOURCE:,} texts of SST-2 and then adapted to the shifted data with {TRAIN} texts, {EPOCHS} epochs at most in batches of {BATCH}, the cards' own rates;
-the epoch is chosen on {VALIDATION} validation texts. `surgical` chooses its block by the relative gradient norm over the {TRAIN} texts; what it chose stands beside, seed by seed.
+the epoch is chosen on {VALIDATION} validation texts.
+`surgical` chooses its block by the relative gradient norm over the {TRAIN} texts; what it chose stands beside, seed by seed.
 
 {cells.markdown(["recipe", *SHIFTS, *(f"block, {shift}" for shift in SHIFTS), "trainable", "train CPU s"], rows)}
 
