@@ -11,6 +11,7 @@ import tiny
 import work
 
 from paretune import backbones, phases
+from paretune.errors import BudgetError
 from paretune.options import Options, Training
 from paretune.planning import allotment, rehearsal
 from paretune.planning.rehearsal import Rehearsed, Took
@@ -33,11 +34,11 @@ def allot(tmp_path, monkeypatch):
         tiny.model(family, "base").save_pretrained(tmp_path / family)
         tiny.tokenizer().save_pretrained(tmp_path / family)
 
-    def given(*recipes, family="bert"):
+    def given(*recipes, family="bert", budget_s=1e6):
         backbone, task = backbones.find(str(tmp_path / family)), work.text_task(train=96)
         options = Options(training=Training(epochs=EPOCHS, batch=8, dtype="fp32"))
         complete = functools.partial(phases.complete, backbone=backbone, task=task, options=options)
-        return allotment.allot([phases.Plan(complete(as_recipe(r)), task, backbone, 0, tmp_path / "out", options) for r in recipes], 1e6)
+        return allotment.allot([phases.Plan(complete(as_recipe(r)), task, backbone, 0, tmp_path / "out", options) for r in recipes], budget_s)
 
     return given
 
@@ -59,3 +60,16 @@ def test_an_answer_of_a_readout_alone_takes_its_time(allot):
     rows = 12  # validation and test
     assert found.seconds_per_example == other.seconds_per_example == 0.0 and found.max_train == other.max_train == 96
     assert found.fixed_s == pytest.approx(allotment.PER_RUN_S + rows * FORWARD + TIMING, abs=2.0)
+
+
+def test_without_time_for_all_the_last_are_left_out(allot):
+    listed = ["full", "full | int8", "full | merge", "full | int4"]  # one training and four runs
+    one = ONCE + EPOCHS * 6 * FORWARD + TIMING + allotment.LEAST * EPOCHS * STEP
+    run = allotment.PER_RUN_S + 12 * FORWARD
+    for runs in (4, 3, 2):
+        found = allot(*listed, budget_s=(one + run * (runs + 0.5)) / allotment.RESERVE)
+        assert (found.recipes, found.max_train) == (runs, allotment.LEAST)
+    said = found.describe(listed).splitlines()
+    assert said[1:] == ["warning: no time for all recipes; left out, from the end of the list: full | merge, full | int4"]
+    with pytest.raises(BudgetError, match="a budget of .* s is too short: .* s are needed for 2 of 4 recipes; give more time"):
+        allot(*listed, budget_s=(one + run * 1.5) / allotment.RESERVE)
