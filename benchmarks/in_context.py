@@ -105,6 +105,7 @@ def _figure(found: dict[str, dict[str, list[dict[str, Any] | None]]], some: dict
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     drawn, panels = plt.subplots(1, len(SPOKEN), figsize=(11, 4.5), layout="constrained")
     colors = plt.get_cmap("tab10").colors
@@ -117,6 +118,9 @@ def _figure(found: dict[str, dict[str, list[dict[str, Any] | None]]], some: dict
                 panel.errorbar(flops, middle, [[middle - min(scores)], [max(scores) - middle]], fmt="s" if "example" in name else "o", color=color, label=name)
         panel.axhline(100 * some[task]["majority"], color="0.4", linestyle="--", label="most frequent label")
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter("")
         panel.set_xlabel("GFLOP an answer")
         panel.set_title(task)
     panels[0].set_ylabel("accuracy, percent")
