@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,9 @@ from paretune.tasks import Task
 
 SEEDS = (0, 1, 2)
 SOURCE, TRAIN, VALIDATION, TEST, EPOCHS, BATCH = 1500, 50, 100, 500, 20, 16
-RECIPES = ("head", "full", "surgical", *(f'surgical(blocks="{block}")' for block in ("embeddings", "0", "1", "2", "3", "4", "5")))
+BLOCKS = ("embeddings", "0", "1", "2", "3", "4", "5")
+ALONE = {block: f'surgical(blocks="{block}")' for block in BLOCKS}
+RECIPES = ("head", "full", "surgical", *ALONE.values())
 
 
 def few(name: str, seed: int) -> Task:
@@ -65,8 +68,9 @@ def one(recipe: str, shift: str, seed: int) -> dict[str, Any]:
 
 
 def page(table: Table) -> str:
-    """docs/shift.md, from the files."""
+    """docs/shift.md and its figure, from the files."""
     rows = []
+    _figure(table)
     for recipe in RECIPES:
         found = {shift: [table.found(f"{recipe} {shift} {seed}") for seed in SEEDS] for shift in SHIFTS}
         every = [f for fs in found.values() for f in fs]
@@ -80,6 +84,8 @@ Accuracy in percent on {TEST} test texts, the mean over {len(SEEDS)} seeds with 
 the epoch is chosen on {VALIDATION} validation texts.
 `surgical` chooses its block by the relative gradient norm over the {TRAIN} texts; what it chose stands beside, seed by seed.
 
+![Accuracy of each block tuned alone, above the relative gradient norms that the blocks are ranked by](shift.png)
+
 {cells.markdown(["recipe", *SHIFTS, *(f"block, {shift}" for shift in SHIFTS), "trainable", "train CPU s"], rows)}
 
 Made by `python -m benchmarks.shift` from the files in `benchmarks/results/shift/`; `--table` makes it again from them.
@@ -88,8 +94,43 @@ Made by `python -m benchmarks.shift` from the files in `benchmarks/results/shift
 
 def _chosen(found: dict[str, Any]) -> str:
     """The block with the largest relative gradient norm."""
-    norms = {name.removeprefix(FACT): value for name, value in found["phases"][-1]["facts"].items() if name.startswith(FACT)}
+    norms = _norms(found)
     return max(norms, key=norms.__getitem__)
+
+
+def _norms(found: dict[str, Any]) -> dict[str, float]:
+    return {name.removeprefix(FACT): value for name, value in found["phases"][-1]["facts"].items() if name.startswith(FACT)}
+
+
+def _figure(table: Table) -> None:
+    """docs/shift.png: a column per shift, above what tuning each block alone gives, below what the blocks are ranked by."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn, panels = plt.subplots(2, len(SHIFTS), figsize=(9, 5.2), sharex=True, layout="constrained")
+    for (above, below), shift in zip(panels.T, SHIFTS, strict=True):
+        for recipe, line in (("full", "--"), ("head", ":")):
+            if scores := _scores(table, recipe, shift):
+                above.axhline(statistics.mean(scores), color="0.4", linestyle=line, label=f"{recipe}, mean")
+        for block in BLOCKS:
+            if scores := _scores(table, ALONE[block], shift):
+                above.plot([block] * len(scores), scores, "o", color="#0072B2")
+        norms = [_norms(f) for seed in SEEDS if (f := table.found(f"surgical {shift} {seed}"))]
+        for block in BLOCKS if norms else ():
+            below.bar(block, statistics.mean(of[block] for of in norms), color="#B8BEC4")
+        above.set_title(shift)
+        below.set_xlabel("block, from the inputs to the outputs")
+        above.legend(frameon=False)
+    panels[0][0].set_ylabel("accuracy, percent, of\nthe block tuned alone")
+    panels[1][0].set_ylabel("‖∇L‖ / ‖θ‖ of the block\nbefore training")
+    drawn.savefig(cells.ROOT / "docs" / "shift.png", dpi=110)
+    plt.close(drawn)
+
+
+def _scores(table: Table, recipe: str, shift: str) -> list[float]:
+    return [100 * f["score"] for seed in SEEDS if (f := table.found(f"{recipe} {shift} {seed}"))]
 
 
 TABLE = Table("shift", every_cell, page)
