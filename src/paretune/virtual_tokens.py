@@ -127,6 +127,11 @@ class _Rows:
         found = [empty if p is None else tensor(p).to(like) for p in self.patches]
         return self._spread(torch.stack([nn.functional.pad(f, (0, 0, len(empty) - len(f), 0)) for f in found]), like)
 
+    def next_to(self, present: Tensor, own: Tensor) -> Tensor:
+        """(B, P + T): which of [V; x] stands where V is next to what is read, behind padding on the left; absent tokens stand first."""
+        left = own.bool().long().cumsum(1) == 0
+        return torch.cat([present.long(), 2 * (~left).long()], 1).argsort(dim=1, stable=True)
+
     def _spread(self, tensor: Tensor, rows: Tensor) -> Tensor:
         repeat, rest = divmod(len(rows), len(self.patches))
         assert not rest, f"{len(self.patches)} adapters were named for a batch of {len(rows)} rows"
@@ -167,8 +172,10 @@ class _Entrance(_Rows):
         return self._counted(model, call, present, past=0), places
 
     def _order(self, present: Tensor, own: Tensor) -> Tensor:
-        """Sorted by place where a class token is read: absent and padding last. Elsewhere [V; x] as it is, absent first."""
+        """Sorted by place where a class token is read: absent and padding last. Elsewhere [V; x], absent first."""
         both = torch.cat([present, own.bool()], 1)
+        if self.site.place == SOURCE:
+            return self.next_to(present, own)
         if self.site.place != CLASS:
             return torch.arange(both.shape[1], device=both.device).expand(both.shape)
         rank = (own.long().cumsum(1) - 1).float()  # (B, T)
@@ -222,7 +229,8 @@ class _Sight(_Rows):
         present = self.present(memory)
         if mask is None:
             mask = present.new_ones(len(memory), memory.shape[1] - present.shape[1])
-        return forward(**{**call, "encoder_attention_mask": torch.cat([present.to(mask.dtype), mask], 1)})
+        order = self.next_to(present, mask)
+        return forward(**{**call, "encoder_attention_mask": torch.cat([present.to(mask.dtype), mask], 1).take_along_dim(order, 1)})
 
 
 def _model(forward: Callable[..., Any]) -> nn.Module:

@@ -101,6 +101,16 @@ def test_padding_on_either_side_gives_equal_logits(family):
     torch.testing.assert_close(alone, right)
 
 
+@pytest.mark.parametrize("family", ["t5", "mt5"])
+def test_an_encoder_reads_them_next_to_its_input_on_whichever_side_it_is_padded(family):
+    model, start = adapted(family=family, task="seq2seq"), torch.tensor([[0, 9, 8]])
+    with torch.no_grad():
+        right, left = (model(**padded(ROWS, side, 8), decoder_input_ids=start.expand(3, -1)).logits for side in ("right", "left"))
+        alone = torch.cat([model(torch.tensor([row]), decoder_input_ids=start).logits for row in ROWS])
+    torch.testing.assert_close(left, right)
+    torch.testing.assert_close(alone, right)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("beams", [1, 4])
 def test_a_padded_row_is_continued_as_it_is_alone_with_and_without_a_cache(family, beams):
