@@ -234,9 +234,11 @@ def test_a_file_that_does_not_fit_is_refused(case: str, tmp_path: Path) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_file_without_effect_is_refused(tmp_path: Path) -> None:
-    plain = backbone("llama", "causal")
-    peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind, task", [("causal", None), ("classification", "SEQ_CLS")])
+def test_a_file_without_effect_is_refused(kind: str, task: str | None, tmp_path: Path) -> None:
+    plain = backbone("llama", kind)
+    peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type=task)).save_pretrained(tmp_path)
+    assert any("score" in n for n in load_file(tmp_path / peft_format.WEIGHTS)) == (task is not None), "a head as it was is no effect"
     with pytest.raises(StoreError, match="changes nothing"):
         peft_format.read_peft(copy.deepcopy(plain), tmp_path)
 

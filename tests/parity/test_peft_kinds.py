@@ -179,6 +179,19 @@ def test_what_peft_has_not_is_written_under_our_own_name(recipe: str, tmp_path: 
     assert steps.same(steps.tensors(again), steps.tensors(plain))
 
 
+@pytest.mark.parametrize("recipe", ["adapter(norms=False)", "compacter(norms=False)", "diff_pruning", "mask", "bitfit", "lora(r=2) | adapter(norms=False)"])
+def test_our_own_file_without_effect_is_refused(recipe: str, tmp_path: Path) -> None:
+    plain = backbone("bert")
+    model = copy.deepcopy(plain)
+    for k, phase in enumerate(pt.parse(recipe).phases):
+        surgery.attach(model, list(phase), name=f"phase_{k}", on_top=True)
+    assert written(model, plain, tmp_path) == "PARETUNE"
+    again = copy.deepcopy(plain)
+    with pytest.raises(StoreError, match="changes nothing, as it was never trained"):
+        pt.read_peft(again, tmp_path)
+    assert steps.same(steps.tensors(again), steps.tensors(plain)) and surgery.state(again).adapters == {}
+
+
 def test_our_own_file_is_checked_both_ways(tmp_path: Path) -> None:
     plain = backbone("bert")
     written(adapted(plain, "adapter"), plain, tmp_path)

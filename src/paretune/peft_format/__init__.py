@@ -121,8 +121,9 @@ def read_peft(model: nn.Module, source: str | Path, *, name: str = "default", al
     names = {prefix + n: n for n in heads} | biases  # in the file -> in the model
     shapes = {s.name: s.shape for p in pieces for s in p.slots.values()} | {n: tuple(whole[own_name].shape) for n, own_name in names.items()}
     files.check(source, model, shapes=shapes, tensors={n: t for n, t in tensors.items() if not linear.duplicate(n, config, heads=heads)})
-    if not whole and not any(p.changes(tensors) for p in pieces):
-        raise StoreError(f"{source}: the adapter changes nothing, as it was never trained; was another file meant?")
+    moved = any(not torch.equal(whole[n], tensors[f].view_as(whole[n]).to(whole[n])) for f, n in names.items())
+    if not moved and not any(p.changes(tensors) for p in pieces):
+        raise StoreError(files.IDLE.format(source))
     _attach(model, name, pieces, heads=list(heads), biases=list(biases.values()))
     with torch.no_grad():
         for parameter, value in [pair for p in pieces for pair in p.pairs(model, name, tensors=tensors)] + [(whole[n], tensors[f]) for f, n in names.items()]:

@@ -34,6 +34,7 @@ TASK_TYPES = {  # PEFT's name of a task -> transformers' table of the classes fo
     "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 CLASSIFIERS = ("classifier", "score")  # PEFT adds both to modules_to_save of these tasks, whether the model has them or not
+IDLE = "{}: the adapter changes nothing, as it was never trained; was another file meant?"
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT wraps these one level less deep
 
 
@@ -189,6 +190,26 @@ def check(source: Path, model: nn.Module, *, shapes: dict[str, tuple[int, ...]],
     wrong = next((n for n, shape in shapes.items() if tuple(tensors[n].shape) != tuple(shape)), None)
     if wrong is not None:
         raise StoreError(f"{source}: {wrong} has shape {tuple(tensors[wrong].shape)}; with this config {type(model).__name__} needs {tuple(shapes[wrong])}")
+
+
+def refuse_idle(source: Path, model: nn.Module) -> None:
+    """Are the answers to a short input, bit for bit, what they are with the active adapters switched off?
+
+    Raises:
+        StoreError: then, since such a file was never trained; a model without values is passed over.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        return
+    active, was_training = surgery.state(model).active, model.training
+    model.eval()
+    with torch.no_grad():
+        adapted = model(**anatomy.small_input(model))[0]
+        surgery.switch(model)
+        plain = model(**anatomy.small_input(model))[0]
+    surgery.switch(model, *active)
+    model.train(was_training)
+    if torch.equal(adapted, plain):
+        raise StoreError(IDLE.format(source))
 
 
 def some(names: list[str]) -> str:

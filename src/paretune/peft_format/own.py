@@ -65,13 +65,16 @@ def read(model: nn.Module, source: Path, *, config: dict[str, Any], tensors: dic
     state = {n: t for n, t in model.state_dict(keep_vars=True).items() if n in {*_ours(model, tuple(adapters)), *record["trained"]}}
     try:
         files.check(source, model, shapes={n: tuple(t.shape) for n, t in state.items()}, tensors=values)
+        moved = any(not torch.equal(state[n], values[n].to(state[n])) for n in record["trained"])
+        with torch.no_grad():
+            for n, t in state.items():
+                t.copy_(values[n])
+        if not moved:
+            files.refuse_idle(source, model)
     except StoreError:
         for adapter in adapters:
             surgery.remove(model, adapter)
         raise
-    with torch.no_grad():
-        for n, t in state.items():
-            t.copy_(values[n])
     surgery.thaw(model)
     return model
 
