@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.methods.readouts.choices import Choices
-from paretune.roles import Adapter, Examples, Method, Trail
+from paretune.roles import Adapter, Examples, Method, Readout, Trail
 from paretune.tasks import Rows, Task
 from paretune.tasks.kinds.classification import Classification
 from paretune.tasks.kinds.generation import Generation
@@ -102,6 +103,24 @@ def decided(method: Method, family: str) -> Method:
 def ranked(family: str = "gpt2") -> nn.Module:
     """The tiny language model of a family, which ranks the labels of `text_task`."""
     return phases.shrink(ready(family, "seq2seq" if family in tiny.SEQ2SEQ else "causal"), Choices(), text_task())
+
+
+def to_read(method: Readout, family: str) -> nn.Module:
+    """The tiny model that a readout is for: with a head, or a language model where the family has one."""
+    kind = "seq2seq" if family in tiny.SEQ2SEQ else "causal" if family in tiny.CAUSAL else "classification"
+    return ready(family, kind if method.speaks else "classification")
+
+
+def short(method: Readout) -> Readout:
+    """A prompt that the tiny models' 64 positions can hold."""
+    return dataclasses.replace(method, shots=2, template="{text}\n{label}") if hasattr(method, "shots") else method
+
+
+def read_out(method: Readout, family: str) -> nn.Module:
+    """A model with the readout, fitted to the family's task."""
+    model = to_read(method, family)
+    assert phases.shrink(model, short(method), task(family)) is model
+    return model
 
 
 def prepared(method: Method, family: str, kind: str = "classification") -> nn.Module:

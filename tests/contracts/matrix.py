@@ -18,6 +18,7 @@ from torch import nn  # noqa: E402
 
 from paretune import registry, surgery  # noqa: E402
 from paretune.errors import Incompatible  # noqa: E402
+from paretune.methods.adapters.lora import LoRA  # noqa: E402
 from paretune.phases import shrink  # noqa: E402
 from paretune.roles import Adapter  # noqa: E402
 
@@ -77,10 +78,28 @@ def _transform_lines(name: str) -> list[tuple[str, str, str]]:
     return [(f, "apply", r) for f in tiny.FAMILIES if (r := _reason(lambda: shrink(work.prepared(method, f), method, work.task(f))))]  # noqa: B023
 
 
+def _readout_lines(name: str) -> list[tuple[str, str, str]]:
+    return [(f, "fit", r) for f in tiny.FAMILIES if (r := _reason(lambda: work.read_out(registry.get(name)(), f)))]  # noqa: B023
+
+
+def _modifier_lines(name: str) -> list[tuple[str, str, str]]:
+    """A modifier that ranks answers needs the readout that does; the others take what an adapter is on."""
+    if registry.get(name).ranks:
+        return [(family, "train", reason) for family, _, reason in _readout_lines("choices")]
+    return [(f, "train", r) for f in tiny.FAMILIES if (r := _reason(lambda: _trained(name, f)))]  # noqa: B023
+
+
+def _trained(name: str, family: str) -> None:
+    model = work.ready(family)
+    surgery.attach(model, [LoRA(r=2)])
+    work.fitted(model, work.task(family), registry.get(name)(), epochs=1.0)
+
+
 def page() -> str:
     """The text of docs/matrix.md."""
     lines = [HEAD.format(families=", ".join(tiny.FAMILIES))]
-    for role, exclusions in (("adapter", _adapter_lines), ("transform", _transform_lines)):
+    lists = {"adapter": _adapter_lines, "readout": _readout_lines, "transform": _transform_lines, "modifier": _modifier_lines}
+    for role, exclusions in lists.items():
         rows = []
         for name in sorted(registry.names(role)):
             grouped: dict[tuple[str, str], list[str]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import pytest
 import steps
@@ -25,26 +24,9 @@ READOUTS = [method for name in registry.names("readout") for method in (registry
 ALL = [(method, family) for method in READOUTS for family in tiny.FAMILIES]
 
 
-def ready(method: Readout, family: str):
-    """The tiny model that the readout is for: with a head, or a language model where the family has one."""
-    kind = "seq2seq" if family in tiny.SEQ2SEQ else "causal" if family in tiny.CAUSAL else "classification"
-    return work.ready(family, kind if method.speaks else "classification")
-
-
-def short(method: Readout) -> Readout:
-    """A prompt that the tiny models' 64 positions can hold."""
-    return dataclasses.replace(method, shots=2, template="{text}\n{label}") if hasattr(method, "shots") else method
-
-
-def fitted(method: Readout, family: str):
-    model = ready(method, family)
-    assert phases.shrink(model, short(method), work.task(family)) is model
-    return model
-
-
 def reason(method: Readout, family: str) -> str:
     try:
-        fitted(method, family)
+        work.read_out(method, family)
     except Incompatible as error:
         return str(error)
     return ""
@@ -60,17 +42,17 @@ def answers(model, family):
 
 @pytest.mark.parametrize("method, family", REFUSED, ids=[f"{m}-{f}" for m, f in REFUSED])
 def test_a_refusal_gives_its_reason_and_changes_nothing(method, family):
-    model = ready(method, family)
+    model = work.to_read(method, family)
     before = steps.tensors(model)
     with pytest.raises(Incompatible) as error:
-        phases.shrink(model, short(method), work.task(family))
+        phases.shrink(model, work.short(method), work.task(family))
     assert len(str(error.value).split()) > 5
     assert steps.same(before, steps.tensors(model)) and not list(surgery.seams_of(model))
 
 
 @every_case
 def test_forward_passes_alone_fit_it(method, family):
-    plain, model = ready(method, family), fitted(method, family)
+    plain, model = work.to_read(method, family), work.read_out(method, family)
     head = tuple(f"{path}." for path in anatomy.head(plain))
     before, after = (
         {n: t for n, t in steps.tensors(m).items() if CHILD not in n.split(".") and not (head and n.startswith(head))} for m in (plain, model)
@@ -84,7 +66,7 @@ def test_forward_passes_alone_fit_it(method, family):
 
 @every_case
 def test_saved_and_loaded_it_gives_the_same(method, family, tmp_path):
-    model = fitted(method, family)
+    model = work.read_out(method, family)
     phases.save_model(model, tmp_path)
     loaded = inference.open_model(tmp_path, work.task(family))
     assert torch.equal(answers(loaded, family), answers(model, family))
@@ -94,15 +76,15 @@ def test_saved_and_loaded_it_gives_the_same(method, family, tmp_path):
 
 @every_case
 def test_fitted_again_it_is_the_same(method, family):
-    model = fitted(method, family)
+    model = work.read_out(method, family)
     wanted, before = answers(model, family), steps.tensors(model)
-    phases.shrink(model, short(method), work.task(family))
+    phases.shrink(model, work.short(method), work.task(family))
     assert torch.equal(answers(model, family), wanted) and steps.same(steps.tensors(model), before)
 
 
 @every_case
 def test_adapters_come_and_go_under_it(method, family):
-    model = fitted(method, family)
+    model = work.read_out(method, family)
     wanted = answers(model, family)
     torch.manual_seed(0)
     surgery.attach(model, [LoRA(r=2)], name="later", head=False)
@@ -126,13 +108,13 @@ def test_it_reads_what_an_earlier_phase_learned(method):
     surgery.freeze(model)
     surgery.settle(model)
     phases.shrink(model, method, work.text_task())
-    assert not torch.allclose(answers(model, "bert"), answers(fitted(method, "bert"), "bert"))
+    assert not torch.allclose(answers(model, "bert"), answers(work.read_out(method, "bert"), "bert"))
     assert surgery.state(model).active == ("default",)
 
 
 @pytest.mark.parametrize("method", [m for m in READOUTS if isinstance(m, ClassVectors)], ids=str)
 def test_a_class_is_added_without_touching_the_others(method):
-    model = fitted(method, "roberta")
+    model = work.read_out(method, "roberta")
     before = steps.tensors(model)
     paretune.add_class(model, "odd", texts=["a dull scene", "the plot"])
     for name, tensor in steps.tensors(model).items():
@@ -144,7 +126,7 @@ def test_a_class_is_added_without_touching_the_others(method):
 @pytest.mark.parametrize("later", ["int8", "cast", "keep_layers"])
 def test_transforms_follow_it(method, later, tmp_path):
     family = "llama"
-    model = phases.shrink(fitted(method, family), registry.get(later)(), work.task(family))
+    model = phases.shrink(work.read_out(method, family), registry.get(later)(), work.task(family))
     found = answers(model, family)
     phases.save_model(model, tmp_path)
     again = copy.deepcopy(inference.open_model(tmp_path, work.task(family)))  # a file's tensors lie where they lie in it, and some processors then sum otherwise
@@ -159,10 +141,10 @@ def test_a_run_counts_it_as_training_and_answers_new_rows(method, tmp_path):
     phases.save_model(made, backbone)
     data.write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in work.text_task(train=60).train))
     given = paretune.task(data)
-    plan = flow.plan_frontier(given, backbone=str(backbone), recipes=[str(short(method))], out=tmp_path / "out")[0][1]
-    run = runs.make(plan, str(short(method)))
+    plan = flow.plan_frontier(given, backbone=str(backbone), recipes=[str(work.short(method))], out=tmp_path / "out")[0][1]
+    run = runs.make(plan, str(work.short(method)))
     (phase,) = run.record["phases"]
-    assert phase["role"] == "readout" and phase["examples"] == getattr(short(method), "shots", 0 if method.speaks else len(given.train))
+    assert phase["role"] == "readout" and phase["examples"] == getattr(work.short(method), "shots", 0 if method.speaks else len(given.train))
     assert phase["train_s"] > 0 and run.cost.train_s == phase["train_s"] and run.cost.trainable_parameters == 0
     assert (phase["train_flops"] > 0) == (phase["examples"] > 0)
     (answer,) = run.predict(["the film was good"])
@@ -178,7 +160,7 @@ def test_a_run_counts_it_as_training_and_answers_new_rows(method, tmp_path):
 def test_every_adapter_is_ranked_as_it_speaks(name, family):
     """A prompt's keys and values, kept and repeated for its answers, give what one plain call per answer gives: with every adapter at work."""
     method = Choices(words=("so bad", "fine", "a good film"), template="the film and the book and the story: {text}\n{label}")
-    model = phases.shrink(ready(method, family), method, work.text_task())
+    model = phases.shrink(work.to_read(method, family), method, work.text_task())
     torch.manual_seed(0)
     try:
         surgery.attach(model, [registry.get(name)()], name="later")
