@@ -68,6 +68,11 @@ def test_exact_at_the_start(method, family):
     assert torch.equal(steps.logits(model, family), steps.logits(steps.model(family), family))
 
 
+def test_what_has_to_be_exact_at_the_start_says_so():
+    asked = [*map(registry.get, ("lora", "adapter", "ia3", "compacter", "diff_pruning", "intrinsic_dimension"))]
+    assert all(method().exact_at_start for method in asked) and registry.get("prefix")(zero_start=True).exact_at_start
+
+
 @every_case
 def test_only_what_is_declared_learns(method, family):
     model = adapted(method, family, head=True)

@@ -100,6 +100,15 @@ def test_a_pipeline_answers_as_the_model(method):
         assert [found[model.config.id2label[i]] for i in range(3)] == pytest.approx(wanted.tolist(), abs=1e-6)
 
 
+@every_method
+def test_a_pipeline_writes_as_the_model(method):
+    model, tokenizer, texts = adapted(method, "gpt2", "causal"), tiny.tokenizer(), ["the film was", "a dull plot in the"]
+    how = {"max_new_tokens": 6, "do_sample": False}
+    answers = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)(texts, return_tensors=True, **how)
+    for text, (answer,) in zip(texts, answers, strict=True):
+        assert answer["generated_token_ids"] == model.generate(**tokenizer(text, return_tensors="pt"), **how)[0].tolist()
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("method, whole", [(METHODS[0], True), (METHODS[1], True), (METHODS[3], True), (METHODS[4], False), (Mask(targets="query"), False)], ids=str)
 def test_a_compiled_model_has_the_same_outputs_and_gradients(method, whole):

@@ -8,9 +8,12 @@ import torch
 import work
 from test_choices import scores
 
-from paretune import inference, phases, processors, seams, surgery, training
+import paretune as pt
+from paretune import inference, phases, processors, runs, seams, surgery, training
 from paretune.errors import Incompatible
+from paretune.meters.reading import missing
 from paretune.methods.readouts.in_context import CONTENT_FREE, InContext
+from paretune.options import Metering, Options, Training
 
 TEXT = "{text}\n{label}"  # short, as the tiny models read 64 tokens
 
@@ -81,6 +84,20 @@ def test_a_run_counts_its_shots_and_pays_for_its_prompt():
     few, many = (inference.Bench(model, task).flops().value for model in (short, long))
     tokens = [len(seams.readout(m).ranked(m).before) for m in (short, long)]
     assert tokens[0] == 1 and many > few * (tokens[1] / 12)  # a row has at most 12 tokens
+
+
+def test_examples_in_the_prompt_and_trained_weights_meet_on_one_frontier(tmp_path, monkeypatch):
+    work.ready("gpt2", "causal").save_pretrained(tmp_path / "gpt2")
+    tiny.tokenizer().save_pretrained(tmp_path / "gpt2")
+    recipes = ['in_context(shots=3, template="{text}: {label}")', "lora(r=2)"]
+    options = Options(training=Training(epochs=1), metering=Metering(power="idle=2W,busy=6W"))
+    monkeypatch.setattr(runs, "_peaks", lambda made, options, progress: [missing("MB", "not asked for")] * len(made))  # each takes a process
+    front = pt.frontier(work.text_task(), backbone=str(tmp_path / "gpt2"), recipes=recipes, battery="15Wh", out=tmp_path / "out", options=options)
+    prompted, trained = (next(point for point in front.all if point.recipe == recipe) for recipe in recipes)
+    for figure in ("latency_p50_ms", "throughput_per_s", "energy_per_inference_j", "stored_mb"):
+        assert prompted.value(figure) > 0 and trained.value(figure) > 0
+    assert prompted.value("flops_per_inference") > 2 * trained.value("flops_per_inference")
+    assert prompted.value("train_energy_j") < trained.value("train_energy_j")
 
 
 def test_zero_shots_and_saved_prompts(tmp_path):

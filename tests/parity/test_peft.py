@@ -156,3 +156,9 @@ def test_bitfit_on_bert_base():
 
 def test_ia3_on_bert_base():
     assert counted(real(BERT), IA3()) == 12 * (768 + 768 + 3072)
+
+
+def test_ia3_on_t0_3b():
+    model = real(transformers.T5Config(vocab_size=32_128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_decoder_layers=24, num_heads=32,
+                                       feed_forward_proj="gated-gelu"), transformers.AutoModelForSeq2SeqLM)  # fmt: skip
+    assert counted(model, IA3()) == 24 * (2 * 2048 + 5120) + 24 * (4 * 2048 + 5120) == 540_672

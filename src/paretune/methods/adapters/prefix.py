@@ -41,7 +41,8 @@ class Prefix(Adapter):
         lr=3e-3,
         note="A prefix takes a share of the softmax, so it moves the output before training, unless zero_start puts a gate of zero before it. "
         "Tokens keep their positions; the paper's code and peft begin to count behind the prefix (positions=\"shifted\"). "
-        "Layers that share their weights (ALBERT) share one prefix.",
+        "Layers that share their weights (ALBERT) share one prefix. gate mixes the outputs with and without the prefix, token by token, where UniPELT's code "
+        "scales keys and values by a mean over the row, which would read later tokens and padding.",
     )
     foldable = False
     attends = True
@@ -52,7 +53,7 @@ class Prefix(Adapter):
     hidden: int = knob(512, "width of the MLP", low=1)
     text: str = knob("", "start from the keys and values of this text, repeated or cut to the length; with reparametrize=\"none\"")
     zero_start: bool = knob(False, "a trained gate for each layer, zero at the start; the attention is then computed twice")
-    gate: bool = knob(False, "a trained gate σ(w·x + b) for each layer and token, as UniPELT has it")
+    gate: bool = knob(False, "a trained gate σ(w·x + b) for each layer and token, as in UniPELT; the attention is then computed twice")
     positions: str = knob("unchanged", "where tokens begin to count: at zero, or behind the prefix as peft has it", choices=("unchanged", "shifted"))
     targets: str | tuple[str, ...] = knob("attention_call", "which attention: also encoder., decoder., self. or cross.attention_call")
     layers: str = knob("all", 'in which layers, as in "0,2,5"')

@@ -34,7 +34,8 @@ class PTuning(Adapter):
         why="No weight gradient of the backbone is formed; every call reads so many tokens more, and nothing of the encoder is left.",
         lr=1e-3,
         note="Virtual tokens are attended to before any training, so the output moves at the start. "
-        "The paper's experiments also tune the model; that is ptuning + full.",
+        "The paper's experiments also tune the model; that is ptuning + full. In a decoder the virtual tokens stand first: a text that is being "
+        "written has no end to count from, and places within it would move from step to step.",
     )
     foldable = False
     additive = True  # rows of a batch meet in no layer, and each may have its own virtual tokens

@@ -29,7 +29,8 @@ class Reptile(Modifier):
         equation="θ ← θ − ε (θ − θ̃) / α,  θ̃ = θ after k steps on an episode",
         lowers="D",
         why="New classes need a few examples and a few steps; a training step costs k of plain training, and no second derivative.",
-        note="Every inner step sees the whole episode; the paper's sees parts of it. The head learns with its outputs renamed in every episode, so a "
+        note="A task is so many classes of the data, drawn anew for every episode. "
+        "Every inner step sees the whole episode; the paper's sees parts of it. The head learns with its outputs renamed in every episode, so a "
         "phase that trains on the task itself has to follow: full + reptile | full + schedule(epochs=1).",
     )
 
