@@ -151,7 +151,7 @@ def _costs(runs: list[dict[str, Any] | None], *, whole: int | None) -> list[str]
     tuned = next(filter(None, runs), None)
     learns = tuned and tuned["trainable_parameters"]
     shown = [f"{tuned['lr']:g}", f"{learns:,}", f"{100 * learns / whole:.3g} %" if whole else cells.NOT_RUN] if tuned else [cells.NOT_RUN] * 3
-    return [*shown, *(cells.mean_range(runs, field=field, times=1.0, digits=digits) for field, digits in (("train_cpu_s", 1), ("added_mb", 0)))]
+    return [*shown, *(cells.mean_range(runs, field=field, times=1.0, digits=digits) for field, digits in (("train_s", 1), ("train_cpu_s", 1), ("added_mb", 0)))]
 
 
 def _gaps(table: Table, weaker: str, stronger: str) -> list[float]:
@@ -163,11 +163,12 @@ def _gaps(table: Table, weaker: str, stronger: str) -> list[float]:
 def page(table: Table) -> str:
     """docs/adaptation.md, from the files."""
     names = [*METHODS, *PEERS]
-    scores = [[f"`{METHODS[n][0]}`" if n in METHODS else n, *(cells.mean_range([table.found(_cell(n, t, s)) for s in SEEDS]) for t in TASKS)] for n in names]
+    scores = [[f"`{METHODS[n][0]}`" if n in METHODS else n, *(cells.mean_interval([table.found(_cell(n, t, s)) for s in SEEDS]) for t in TASKS)] for n in names]
     costs = [[n, *_costs([table.found(_cell(n, COSTED, s)) for s in SEEDS], whole=_whole(table))] for n in names]
     return f"""# Adapting MiniLM to six tasks
 
-Test scores in percent (accuracy; Matthews for CoLA, Pearson for STS-B): the mean over {len(SEEDS)} seeds, with the lowest and the highest. {TRAIN} training
+Test scores in percent (accuracy; Matthews for CoLA, Pearson for STS-B): the mean over {len(SEEDS)} seeds and the half width of its
+95 % interval over them (Student's t, which is wide for {len(SEEDS)}; a method that stayed at chance with one seed shows as such a width). {TRAIN} training
 texts, {EPOCHS} epochs in batches of {BATCH}, {TEST} test texts; the learning rate of every method of every library is the best of four on SST-2's validation split (one
 seed) and is used on all tasks. Where a method needs many more steps than these, that shows. Of STS-B's labels paretune learns standardized ones, as it does of any
 regression; the peers learn them as they are.
@@ -178,7 +179,7 @@ What a run on {COSTED} costs: the mean of {len(SEEDS)} runs, each in a process o
 is of the whole model. Memory is the process's peak while it trains, less what it held before the model was loaded. paretune's figures have the validation of each epoch
 and the timing of number formats and attention kernels at the start in them; the peers' have neither. One thread.
 
-{cells.markdown(["method", "rate", "learns", "share", "train CPU s", "memory MB"], costs)}
+{cells.markdown(["method", "rate", "learns", "share", "train s", "train CPU s", "memory MB"], costs)}
 
 The order that the literature found, and the order here, in points between runs of the same task and seed:
 
