@@ -1,10 +1,10 @@
-"""What a training step of each adapter takes, beside full fine-tuning's.
+"""What a training step of each adapter and modifier takes, beside full fine-tuning's.
 
     python -m benchmarks.method_steps [--rounds 9]
 
-Every method trains MiniLM on the same texts of SST-2 in one process, through the library's own loop, at the pace that its probe
-finds. In each round the methods take turns, every second round backwards; `full` stands twice as the A/A control. Needs the
-folder of data sets (`benchmarks/data.py`).
+Every method trains on the same texts of SST-2 in one process, through the library's own loop, at the pace that its probe finds: MiniLM,
+and a small GPT-2 that ranks answers, as the losses of T-Few do. In each round the methods of a model take turns, every second round
+backwards; `full` stands twice as the A/A control. Needs the folder of data sets (`benchmarks/data.py`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ from typing import Any
 import torch
 
 import paretune as pt
-from benchmarks import adaptation, cells, data, limits
+from benchmarks import adaptation, cells, data, in_context, limits
 from paretune import phases, recipe, surgery, training
 from paretune.meters import system
 from paretune.methods.modifiers.schedule import Schedule
+from paretune.roles import Modifier
 from paretune.tasks import Task
 
 BATCH, STEPS = 16, 8  # the first step warms up
-AGAIN = "full, again"
-RECIPES = {AGAIN: "full", "dora": "dora"} | {name: text for name, (text, _) in adaptation.METHODS.items()}
+FULL, AGAIN = "full", "full, again"
+EPISODES = "ways=2, shots=4"  # an episode of 2 classes, with as many queries as shots, is a batch
+MINILM = {AGAIN: "full", "dora": "dora", "maml": f"full + maml(queries=4, {EPISODES})", "reptile": f"full + reptile({EPISODES})",
+          **{name: text for name, (text, _) in adaptation.METHODS.items()}}  # fmt: skip
+RANKED = {FULL: "full", AGAIN: "full", "length_norm": "full + length_norm", "unlikelihood": "full + unlikelihood", "t_few": "t_few"}
+SUBJECTS = {"MiniLM": ("minilm", "", MINILM), "books-gpt2, ranking answers": (in_context.GPT2, f'choices({in_context.SPOKEN["sst2"]})', RANKED)}
 FILE = Path(__file__).parent / "results" / "method_steps.json"
 PAGE = Path(__file__).parent.parent / "docs" / "method-steps.md"
 
@@ -40,42 +45,53 @@ def main() -> None:
     asked = parser.parse_args()
     if not asked.table:
         task = data.task("sst2", train=BATCH * STEPS, validation=0, test=1)
-        names = list(RECIPES)
-        rounds = [{name: seconds(RECIPES[name], task) for name in (names[::-1] if i % 2 else names)} for i in range(asked.rounds)]
+        rounds = {}
+        for subject, (backbone, readout, recipes) in SUBJECTS.items():
+            names = list(recipes)
+            rounds[subject] = [
+                {name: seconds(recipes[name], task, backbone, readout) for name in (names[::-1] if i % 2 else names)} for i in range(asked.rounds)
+            ]
         FILE.write_text(json.dumps({"environment": system.describe(), "threads": torch.get_num_threads(), "rounds": rounds}, indent=1) + "\n")
     PAGE.write_text(page(json.loads(FILE.read_text())))
 
 
-def seconds(text: str, task: Task) -> float:
+def seconds(text: str, task: Task, backbone: str, readout: str) -> float:
     """CPU seconds of a step behind the first: the median."""
-    model, watch = pt.load("minilm", task), limits.Watch(time.process_time)
+    model, watch = pt.load(backbone, task, readout=readout or None), limits.Watch(time.process_time)
+    if readout:
+        pt.shrink(model, readout, task)
     (phase,) = recipe.parse(text).phases
-    adapters, _ = phases.decided(model, list(phase), task=task)
+    modifiers = [method for method in phase if isinstance(method, Modifier)]
+    adapters, _ = phases.decided(model, [method for method in phase if method not in modifiers], task=task)
     surgery.attach(model, adapters, name="method", on_top=True)
-    training.fit(model, task, schedule=Schedule(lr=1e-4, epochs=1.0, batch=BATCH, cache=False), modifiers=[watch])
+    training.fit(model, task, schedule=Schedule(lr=1e-4, epochs=1.0, batch=BATCH, cache=False), modifiers=[*modifiers, watch])
     return statistics.median(later - sooner for sooner, later in zip(watch.marks, watch.marks[1:], strict=False))
+
+
+def ratios(found: dict[str, Any], subject: str, name: str) -> list[float]:
+    """CPU time over that of `full` in the same round."""
+    return [r[name] / r[FULL] for r in found["rounds"][subject]]
 
 
 def page(found: dict[str, Any]) -> str:
     """docs/method-steps.md, from the file."""
-    rounds = found["rounds"]
-
-    def row(name: str) -> list[str]:
-        ratios = [r[name] / r["full"] for r in rounds]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        return [name if name == AGAIN else f"`{RECIPES[name]}`", f"{1000 * statistics.median(r[name] for r in rounds):.0f}",
-                f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"]  # fmt: skip
-
-    order = sorted(RECIPES, key=lambda name: statistics.median(r[name] / r["full"] for r in rounds))
-    cpu = found["environment"].get("cpu")
+    tables = []
+    for subject, (_, _, recipes) in SUBJECTS.items():
+        rows = []
+        for name in sorted(recipes, key=lambda name: statistics.median(ratios(found, subject, name))):  # noqa: B023
+            low, middle, high = statistics.quantiles(ratios(found, subject, name), n=4)
+            took = statistics.median(r[name] for r in found["rounds"][subject])
+            rows.append([name if name == AGAIN else f"`{recipes[name]}`", f"{1000 * took:.0f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"])
+        tables.append(f"{subject}:\n\n{cells.markdown(['method', 'CPU ms per step', 'CPU time, ratio to full'], rows)}\n")
+    count = len(next(iter(found["rounds"].values())))
     return f"""# What a training step takes, by method
 
-MiniLM on SST-2 in batches of {BATCH}, whole steps with the optimizer's, without kept features; {found["threads"]} threads of
-{cpu}. Medians of {len(rounds)} rounds of {STEPS - 1} steps, all methods in turn;
-the ratios are to `full` of the same round, half of the rounds between the two in brackets, and "{AGAIN}" is the A/A control.
+SST-2 in batches of {BATCH}, whole steps with the optimizer's, without kept features; {found["threads"]} threads of {found["environment"].get("cpu")}. Medians
+of {count} rounds of {STEPS - 1} steps, all methods of a model in turn; the ratios are to `full` of the same round, half of the rounds between the two in brackets,
+and "{AGAIN}" is the A/A control. A step of `maml` or `reptile` is an episode of as many texts as a batch has. What a step holds in memory is in
+[methods by tasks](adaptation.md).
 
-{cells.markdown(["method", "CPU ms per step", "CPU time, ratio to full"], map(row, order))}
-
+{chr(10).join(tables)}
 Made by `python -m benchmarks.method_steps` from `benchmarks/results/method_steps.json`; `--table` makes it again from the file.
 """
 
