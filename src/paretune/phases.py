@@ -113,7 +113,7 @@ BASE_SIZE = 12 * 768  # layers times width of the base models that most publishe
 def default_lr(phase: Phase, config: Any) -> float:
     """The lowest rate of the phase's adapters; one that moves whole weights falls with the size of the model."""
     size = (getattr(config, "num_hidden_layers", None) or 12) * (getattr(config, "hidden_size", None) or 768)
-    rates = [m.card.lr * (BASE_SIZE / size if m.card.lr_falls_with_size else 1.0) for m in phase if isinstance(m, Adapter) and m.card.lr]
+    rates = [m.lr * (BASE_SIZE / size if m.card.lr_falls_with_size else 1.0) for m in phase if isinstance(m, Adapter) and m.lr]
     return float(f"{min(rates, default=1e-3):.3g}")
 
 

@@ -150,6 +150,11 @@ class Adapter(Method):
         """Is the output at the start the backbone's, bit for bit? The card says so of all choices of the knobs, unless overridden."""
         return self.card.exact_at_start
 
+    @property
+    def lr(self) -> float | None:
+        """The learning rate that suits it: the card's, unless overridden for some choices of the knobs."""
+        return self.card.lr
+
     def events(self, loop: Loop) -> Events | None:
         """Handlers for the training phase in which this adapter learns, where it needs any: a penalty, a stage of its own."""
         return None

@@ -8,6 +8,7 @@ from transformers import BertConfig
 
 import paretune
 from paretune import phases, surgery
+from paretune.methods.adapters.adapter import Adapter
 from paretune.methods.adapters.bitfit import BitFit
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
@@ -83,6 +84,8 @@ def test_the_default_rate_is_the_lowest_of_the_cards_and_falls_with_the_size():
     assert phases.default_lr((LoRA(),), base) == LoRA.card.lr
     assert phases.default_lr((LoRA(), BitFit()), minilm) == min(LoRA.card.lr, BitFit.card.lr)
     assert phases.default_lr((Full(),), base) == Full.card.lr
+    assert phases.default_lr((Adapter(bottleneck=64),), base) == phases.default_lr((Adapter(bottleneck=8, scale=0.5),), base) == Adapter.card.lr
+    assert phases.default_lr((Adapter(bottleneck=512, scale=4.0),), base) == Adapter.card.lr / 32
     assert phases.default_lr((Full(),), minilm) == pytest.approx(4 * Full.card.lr)  # half the layers, half the width
 
 

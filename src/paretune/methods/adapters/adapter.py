@@ -42,7 +42,8 @@ class Adapter(AdapterRole):
         lr=2e-3,
         exact_at_start=True,
         note="pfeiffer is Houlsby's bottleneck after the feed-forward only, before the residual x is added: LN(x + y + U σ(D y)). "
-        "Pfeiffer et al.'s own also reads the layer norm that follows: LN(x + y + U σ(D LN(x + y))).",
+        "Pfeiffer et al.'s own also reads the layer norm that follows: LN(x + y + U σ(D LN(x + y))). "
+        "The rate is for m up to 64 and s up to 1; beyond, it falls with both.",
     )
     foldable = False
     additive = True
@@ -54,6 +55,12 @@ class Adapter(AdapterRole):
     norms: bool = knob(True, "train the layer norms too, as Houlsby et al. do")
     gate: bool = knob(False, "a trained gate σ(w·x + b) for each bottleneck and token, as UniPELT has it")
     layers: str = knob("all", 'in which layers, as in "0,2,5"')
+
+    @property
+    def lr(self) -> float:
+        """The card's rate for m to 64 and s to 1: a step moves the sum over m by as much as m and s are large, and beyond that the rate falls with both."""
+        assert self.card.lr is not None
+        return self.card.lr / (max(1.0, self.bottleneck / 64) * max(1.0, self.scale))
 
     def sites(self, model: nn.Module) -> list[Site]:
         return anatomy.in_layers(self._everywhere(model), self.layers, asked_by=repr(self))

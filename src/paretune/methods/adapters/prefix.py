@@ -38,7 +38,7 @@ class Prefix(Adapter):
         equation="out = softmax(q [P_K; K]ᵀ) [P_V; V], [P_K, P_V] = MLP(P')",
         lowers="E",
         why="2 · length · width numbers a layer learn and no weight; every later inference attends to length more keys, since it cannot be merged.",
-        lr=3e-3,
+        lr=5e-4,
         note="A prefix takes a share of the softmax, so it moves the output before training, unless zero_start puts a gate of zero before it. "
         "Tokens keep their positions; the paper's code and peft begin to count behind the prefix (positions=\"shifted\"). "
         "Layers that share their weights (ALBERT) share one prefix. gate mixes the outputs with and without the prefix, token by token, where UniPELT's code "
