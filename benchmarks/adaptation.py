@@ -181,7 +181,7 @@ and the timing of number formats and attention kernels at the start in them; the
 
 {cells.markdown(["method", "rate", "learns", "share", "train s", "train CPU s", "memory MB"], costs)}
 
-The order that the literature found, and the order here, in points between runs of the same task and seed:
+The order that the literature found, and the order here, in points between runs of the same task and seed (95 % intervals, Student's t):
 
 {cells.order(ORDER, functools.partial(_gaps, table))}
 

@@ -25,13 +25,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
-
 from paretune.pareto import intervals
 
 ROOT = Path(__file__).parent.parent
 NOT_RUN = "not run"
-DRAWS = 2000  # of a bootstrap
 
 
 class NotYetError(Exception):
@@ -139,17 +136,18 @@ def order(claims: Iterable[tuple[str, str, str]], gaps: Callable[[str, str], Seq
     """A table of what the literature found beside what was found here.
 
     A claim is the weaker, the stronger, and who says so; `gaps` gives by how much the second is ahead in runs of the same task and
-    seed. The mean gap has a 95 % interval, by bootstrap over those pairs.
+    seed. The mean gap has its 95 % interval over those pairs (Student's t).
     """
-    random, rows = numpy.random.default_rng(0), []
+    rows = []
     for weaker, stronger, source in claims:
-        found = numpy.array(gaps(weaker, stronger))
-        if not len(found):
+        found = gaps(weaker, stronger)
+        if len(found) < 2:
             rows.append([weaker, stronger, source, NOT_RUN, NOT_RUN])
             continue
-        low, high = numpy.quantile(random.choice(found, (DRAWS, len(found))).mean(1), (0.025, 0.975))
+        mean = statistics.mean(found)
+        low, high = intervals.over_seeds(found, [None] * len(found))[0] or (mean, mean)
         seen = "not told apart" if low <= 0 <= high else "the second is stronger" if low > 0 else "the first is stronger"
-        rows.append([weaker, stronger, source, f"{found.mean():+.1f} ({low:+.1f} to {high:+.1f}, {len(found)} pairs)", seen])
+        rows.append([weaker, stronger, source, f"{mean:+.1f} ({low:+.1f} to {high:+.1f}, {len(found)} pairs)", seen])
     return markdown(["weaker", "stronger", "found by", "difference here", "here"], rows)
 
 

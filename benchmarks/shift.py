@@ -46,6 +46,13 @@ SHIFTS: dict[str, Callable[[int], Task]] = {
 }
 
 
+CLAIMS = (  # the weaker, the stronger, who found that
+    *((f"full, {shift}", f"surgical, {shift}", "Lee et al. 2022") for shift in SHIFTS),
+    (f"{ALONE['0']}, sst2 with labels swapped", f"{ALONE['5']}, sst2 with labels swapped", "Lee et al. 2022"),
+    (f"{ALONE['5']}, sst2 to mpqa", f"{ALONE['0']}, sst2 to mpqa", "Lee et al. 2022"),
+)
+
+
 def every_cell() -> Iterator[Cell]:
     """Every recipe at every shift; seeds outermost."""
     for seed in SEEDS:
@@ -88,8 +95,19 @@ the epoch is chosen on {VALIDATION} validation texts.
 
 {cells.markdown(["recipe", *SHIFTS, *(f"block, {shift}" for shift in SHIFTS), "trainable", "train CPU s"], rows)}
 
+What Lee et al. found, and what is so here, in points between runs of the same seed:
+
+{cells.order(CLAIMS, functools.partial(_gaps, table))}
+
 Made by `python -m benchmarks.shift` from the files in `benchmarks/results/shift/`; `--table` makes it again from them.
 """
+
+
+def _gaps(table: Table, weaker: str, stronger: str) -> list[float]:
+    """By how many points the second is ahead, seed by seed; each is "recipe, shift"."""
+    (first, shift), (second, _) = (text.split(", ") for text in (weaker, stronger))
+    pairs = [(table.found(f"{first} {shift} {seed}"), table.found(f"{second} {shift} {seed}")) for seed in SEEDS]
+    return [100 * (b["score"] - a["score"]) for a, b in pairs if a and b]
 
 
 def _chosen(found: dict[str, Any]) -> str:
@@ -121,7 +139,8 @@ def _figure(table: Table) -> None:
         for block in BLOCKS if norms else ():
             below.bar(block, statistics.mean(of[block] for of in norms), color="#B8BEC4")
         above.set_title(shift)
-        below.set_xlabel("block, from the inputs to the outputs")
+        below.set_xlabel("block: embeddings, then the layers")
+        below.set_xticks(range(len(BLOCKS)), [block.removesuffix("eddings") for block in BLOCKS])
         above.legend(frameon=False)
     panels[0][0].set_ylabel("accuracy, percent, of\nthe block tuned alone")
     panels[1][0].set_ylabel("‖∇L‖ / ‖θ‖ of the block\nbefore training")
