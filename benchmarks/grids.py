@@ -155,7 +155,8 @@ GRIDS = {
         title="A causal model adapted to one author and to data-to-text",
         about="books-gpt2 (10 M parameters). Perplexity on Conan Doyle's test books after one epoch on 300,000 characters of him; E2E after three on 1,000 "
         "texts: perplexity of the references (their first), and the scores of greedy answers to 100 test inputs with all references (NIST in bits, the others "
-        "in percent; METEOR and CIDEr are left out, for which no kept library works without downloads). The epoch is chosen by perplexity on validation. The model has seen books only, and a fortieth of E2E's training texts is little: "
+        "in percent; METEOR and CIDEr are left out, for which no kept library works without downloads). "
+        "The epoch is chosen by perplexity on validation. The model has seen books only, and a fortieth of E2E's training texts is little: "
         "the order of the methods can be compared with the literature's (Hu et al. 2021, table 3), the level cannot.",
         recipes=_CAUSAL, columns={"books_doyle": lambda seed: _doyle(seed), "e2e_nlg": lambda seed: _e2e(seed)},
         epochs=lambda task: 3.0 if task.kind.name == "generation" else 1.0,
