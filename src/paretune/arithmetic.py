@@ -1,12 +1,12 @@
-"""Arithmetic on LoRA adapters of one backbone: weighted sums, averages, negation, extraction from two checkpoints, truncation.
+"""Arithmetic on adapters of one backbone: weighted sums, averages, negation, extraction from two checkpoints, truncation.
 
     combine    ΔW = Σ_k w_k s_k B_k A_k = [w_1 s_1 B_1, w_2 s_2 B_2, …] [A_1; A_2; …]    exact: the ranks add up
     truncate   ΔW_r = Σ_{i ≤ r} σ_i u_i v_iᵀ, the nearest matrix of rank r               error √(Σ_{i > r} σ_i²)
     extract    the same of ΔW = W_tuned − W
 
-What an adapter trains in place (head, norms, biases) is summed alike: θ = θ_0 + Σ_k w_k (θ_k − θ_0). A sum of the factors,
-(Σ w_k B_k)(Σ w_k A_k), would hold products B_j A_k of two adapters, which neither of them means. Task arithmetic: Ilharco
-et al. 2022, arXiv:2212.04089; the nearest matrix: Eckart & Young 1936.
+The adapters are of lora, or train the backbone's own parameters (full, top_layers, bitfit). These, heads and norms are summed
+alike: θ = θ_0 + Σ_k w_k (θ_k − θ_0). A sum of the factors, (Σ w_k B_k)(Σ w_k A_k), would hold products B_j A_k of two adapters,
+which neither of them means. Task arithmetic: Ilharco et al. 2022, arXiv:2212.04089; the nearest matrix: Eckart & Young 1936.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from paretune import anatomy, surgery
 from paretune.anatomy import Site
 from paretune.errors import Incompatible, all_of, one_of
 from paretune.methods.adapters.lora import LoRA, LowRank
+from paretune.roles import Adapter
 from paretune.seams import CHILD, Selected
 
 
@@ -31,6 +32,7 @@ class _Change:
 
     factors: dict[Site, tuple[Tensor, Tensor]]  # B (O, r) with the scale in it, A (r, I)
     differences: dict[str, Tensor]
+    in_place: tuple[Adapter, ...] = ()  # what trained those
 
 
 @torch.no_grad()
@@ -38,7 +40,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], *, name: str) -> nn.
     """Attaches the weighted sum of adapters under a new name, active and ready to train; `weights` is adapter to weight.
 
     Raises:
-        Incompatible: for adapters that are not attached, not of lora, or not at the same places.
+        Incompatible: for adapters that are not attached, that are no sums of thin matrices or of parameters, or not at the same places.
     """
     if not weights:
         raise Incompatible("combine: no adapter is named; give a weight for each, as in combine(model, {'a': 0.5, 'b': 0.5}, name='both')")
@@ -52,7 +54,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], *, name: str) -> nn.
         pairs = [(w * B, A) for adapter, w in weights.items() for B, A in [changes[adapter].factors[site]]]
         factors[site] = torch.cat([B for B, _ in pairs], 1), torch.cat([A for _, A in pairs])
     differences = {n: torch.stack([w * changes[a].differences[n] for a, w in weights.items()]).sum(0) for n in changes[first].differences}
-    return _write(model, name, _Change(factors, differences))
+    return _write(model, name, _Change(factors, differences, changes[first].in_place))
 
 
 def average(model: nn.Module, names: Sequence[str], *, name: str) -> nn.Module:
@@ -132,7 +134,7 @@ def _bare(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
 def _read(model: nn.Module, name: str) -> _Change:
     found: dict[Site, list[LowRank]] = {}
-    change = _Change({}, {})
+    change = _Change({}, {}, tuple(method for method in surgery.state(model).adapters[name] if not isinstance(method, LoRA)))
     for path, module, seam in surgery.seams_of(model):
         for _, _, patch in seam.patches([name]):
             if isinstance(patch, Selected):
@@ -140,7 +142,7 @@ def _read(model: nn.Module, name: str) -> _Change:
             elif type(patch) is LowRank and patch.site is not None:
                 found.setdefault(patch.site, []).append(patch)
             else:
-                raise Incompatible(f"adapter {name!r}: {patch.method!r} is no sum of thin matrices at {path}; arithmetic takes adapters of lora")
+                raise Incompatible(f"adapter {name!r}: {patch.method!r} is no sum of thin matrices at {path}; add adapters of lora, full, top_layers or bitfit")
     change.factors = {s: (torch.cat([p.scale * p.B.float() for p in ps], 1), torch.cat([p.A.float() for p in ps])) for s, ps in found.items()}
     return change
 
@@ -156,7 +158,7 @@ def _write(model: nn.Module, name: str, change: _Change) -> nn.Module:
     in_head = surgery.in_head(model)
     for key, inside in ((LoRA.spelling(), False), (surgery.HEAD, True)):
         surgery.select(model, name, key=key, parameters=[n for n in change.differences if in_head(n) == inside])
-    surgery.state(model).adapters[name] = tuple(dict.fromkeys(methods))
+    surgery.state(model).adapters[name] = tuple(dict.fromkeys([*methods, *change.in_place]))
     surgery.switch(model, name)
     for parameter, difference in change.differences.items():
         own = model.get_parameter(parameter)

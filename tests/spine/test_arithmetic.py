@@ -7,8 +7,11 @@ import torch
 import paretune as pt
 from paretune import anatomy, surgery
 from paretune.errors import Incompatible
+from paretune.methods.adapters.bitfit import BitFit
+from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.ia3 import IA3
 from paretune.methods.adapters.lora import LoRA
+from paretune.methods.adapters.top_layers import TopLayers
 
 arithmetic = pt.arithmetic
 
@@ -83,6 +86,21 @@ def test_what_is_trained_in_place_is_summed_from_the_original():
     assert torch.equal(model.classifier.weight, heads["a"])
     surgery.switch(model)
     assert torch.equal(model.classifier.weight, start)
+
+
+@pytest.mark.parametrize("method", [BitFit(), Full(), TopLayers(k=1)], ids=str)
+def test_adapters_that_train_the_backbone_s_own_parameters(method, tmp_path):
+    model, start, own = adapted(methods=(method, method), head=True), steps.tensors(steps.model("bert")), {}
+    for name in "ab":
+        surgery.switch(model, name)
+        own[name] = steps.tensors(model)
+    arithmetic.combine(model, {"a": 0.7, "b": -0.3}, name="c")
+    found, wanted = steps.tensors(model), steps.logits(model, "bert")
+    for n, t in start.items():
+        torch.testing.assert_close(found[n], t + 0.7 * (own["a"][n] - t) - 0.3 * (own["b"][n] - t))
+    assert surgery.state(model).adapters["c"] == (method,)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(steps.logits(type(model).from_pretrained(tmp_path), "bert"), wanted)
 
 
 def test_the_result_is_an_adapter_like_any(tmp_path):
