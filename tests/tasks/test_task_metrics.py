@@ -120,6 +120,7 @@ PROBABILITIES = np.array([[1 - p, p] for p in (_random.random() for _ in range(5
         *((name, [rows(MORE[0]), MORE[1]]) for name in ("bleu", "chrf", "ter", "rouge_l", "exact_match")),
         ("f1_spans", TAGS),
         ("perplexity", [[], [(random.Random(i).random() * 9, 3 + i % 5) for i in range(30)]]),
+        ("perplexity", [[["a reference"] * (1 + i % 3) for i in range(30)], [(float(i % 7), 3 + i % 5) for i in range(30)]]),
     ],
 )
 def test_the_score_of_drawn_rows_is_that_of_a_task_of_these_rows(name: str, data: list[Any]) -> None:

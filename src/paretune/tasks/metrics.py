@@ -166,6 +166,9 @@ def redrawn(metric: str, truth: list[list[Any]], *, predicted: list[list[Any]], 
     if metric == "accuracy":  # of words, by text
         right = np.array([(sum(a == b for a, b in zip(t, p, strict=True)), len(t)) for t, p in zip(truth, predicted, strict=True)])
         return lambda drawn: _share(right[drawn])
+    if metric == "perplexity":
+        spent = np.array(_joined(predicted))  # (rows, 2): nll and tokens of each
+        return lambda drawn: math.exp(_share(spent[drawn]))
     if metric in TEXT:
         return None if metric == "nist" else sacrebleu_redrawn(metric, _joined(truth), predicted=_joined(predicted))
     if metric in _WEIGHTED and np.ndim(_joined(predicted)) == 1:
