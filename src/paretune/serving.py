@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +30,7 @@ from paretune.weights.packed import Packed
 
 SHARE = 0.1  # of the time that answering has taken may go into a trial
 FASTER = 1.1  # times as fast another way has to be
-ALIKE, APART = 0.99, 0.01  # the share of rows that must have the same answer, whose numbers may be so far apart (relative from 1 on)
+ALIKE, APART = 0.99, 0.01  # the share of rows that must have the same answer, whose numbers may be so far apart (relative from 1 on, of labels to their spread)
 FIRST = 16  # rows answered before a trial, in which a way makes its kernels
 GRAPH_S = 30.0  # about what writing and checking a graph takes
 
@@ -80,16 +82,23 @@ class Server(contextlib.AbstractContextManager):
             answer = way.ready(entered)
             answer(rows[:FIRST])
             again, seconds = self._timed(answer, rows)
-            same = sum(map(alike, answers, again))
+            same = sum(map(alike, answers, again, itertools.repeat(spread(answers))))
             if took_s >= FASTER * seconds and same >= ALIKE * len(rows):
                 self._answer = answer
                 self._entered.enter_context(entered.pop_all())
                 self._tell(f"from row {self._rows + 1:,} on {way.name}, {took_s / seconds:.1f} times as fast: {same} of {len(rows)} answers stay within {APART:g}")
 
 
-def alike(answer: dict[str, Any], again: dict[str, Any]) -> bool:
-    """Are two answers the same, but for small differences of their numbers?"""
-    return all(abs(b - a) <= APART * max(1.0, abs(a)) if isinstance(a, float) else a == b for a, b in zip(answer.values(), again.values(), strict=True))
+def alike(answer: dict[str, Any], again: dict[str, Any], spread: float = 1.0) -> bool:
+    """Are two answers the same, but for small differences of their numbers? A label that is a number may move by a share of the `spread` of all."""
+    moved = ((key, a, again[key]) for key, a in answer.items())
+    return all(abs(b - a) <= APART * (spread if key == "label" else max(1.0, abs(a))) if isinstance(a, float) else a == b for key, a, b in moved)
+
+
+def spread(answers: Sequence[dict[str, Any]]) -> float:
+    """The standard deviation of labels that are numbers; 1 for others."""
+    labels = [answer["label"] for answer in answers if isinstance(answer.get("label"), float)]
+    return statistics.pstdev(labels) if labels else 1.0
 
 
 def plain(model: nn.Module, task: Task, *, pace: probe.Pace | None = None) -> Answer:

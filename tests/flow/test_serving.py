@@ -91,8 +91,11 @@ def test_alike_is_the_same_label_and_nearly_the_same_numbers(again, same):
     assert serving.alike({"label": "a", "p": 0.5}, again) is same
 
 
-def test_large_numbers_may_differ_by_a_share_of_themselves():
-    assert serving.alike({"label": 1000.0}, {"label": 1009.0}) and not serving.alike({"label": 1000.0}, {"label": 1011.0})
+def test_numbers_as_labels_may_differ_by_a_share_of_their_spread():
+    answers = [{"label": 1000.0}, {"label": 1002.0}]
+    assert serving.spread(answers) == 1.0 and serving.spread([{"label": "a", "p": 0.5}]) == 1.0
+    assert serving.alike(answers[0], {"label": 1000.009}, 1.0) and not serving.alike(answers[0], {"label": 1000.02}, 1.0)
+    assert serving.alike({"perplexity": 1000.0}, {"perplexity": 1009.0}) and not serving.alike({"perplexity": 1000.0}, {"perplexity": 1011.0})
 
 
 @pytest.fixture(scope="module")
