@@ -69,7 +69,7 @@ def steps(rounds: int) -> list[dict[str, float]]:
     model = pt.adapt(pt.load("minilm", task), pt.LoRA(r=8))
     encodings = training.encode(task, task.train, model=model)
     lengths = [task.kind.length(e) for e in encodings]
-    chosen = batches.epoch_batches(lengths, None, schedule=Schedule(), random=batches.generator(0, 0))
+    chosen = batches.epoch_batches(lengths, None, schedule=Schedule(batch=32), random=batches.generator(0, 0))
     widths = [batches.width([lengths[i] for i in b], most=max(lengths)) for b in chosen]
     made = [task.kind.collate([encodings[i] for i in b], pt.processor(model), width=w) for b, w in zip(chosen, widths, strict=True)]
     order = list(VARIANTS)

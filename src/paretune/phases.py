@@ -74,7 +74,8 @@ def complete(recipe: Recipe, backbone: Backbone, *, task: Task, options: Options
     for readout in readouts_of(recipe):
         readout.check(backbones.outline(backbone, task, speaks=readout.speaks), Examples(task, None))
     config = AutoConfig.from_pretrained(backbone.source)
-    return Recipe(tuple(_scheduled(phase, options, config) if is_training(phase) else phase for phase in recipe.phases))
+    rows = None if task.kind.name == "language" else len(task.train)  # a language model's examples are blocks of its texts
+    return Recipe(tuple(_scheduled(phase, options, config, rows=rows) if is_training(phase) else phase for phase in recipe.phases))
 
 
 def readouts_of(recipe: Recipe) -> list[Readout]:
@@ -87,10 +88,10 @@ def first_model(plan: Plan) -> nn.Module:
     return backbones.load(plan.backbone, plan.task, seed=plan.seed, speaks=any(r.speaks for r in readouts_of(plan.recipe)))
 
 
-def _scheduled(phase: Phase, options: Options, config: Any) -> Phase:
+def _scheduled(phase: Phase, options: Options, config: Any, *, rows: int | None) -> Phase:
     given = next((m for m in phase if isinstance(m, Schedule)), None)
     asked = {k: getattr(options.training, k) for k in ("epochs", "lr", "batch", "dtype") if getattr(options.training, k) is not None}
-    schedule = rated(given or Schedule(**asked), phase, config=config)
+    schedule = rated(given or Schedule(**asked), phase, config=config).sized(rows)
     return (*(m for m in phase if not isinstance(m, Schedule)), schedule)
 
 

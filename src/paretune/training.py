@@ -86,13 +86,14 @@ class Loop:
     def __init__(self, model: nn.Module, task: Task, schedule: Schedule, settings: Settings) -> None:
         together.join(settings.device)
         self.keeps = together.agreed(settings.folder is not None)  # are there checkpoints?
-        self.task, self.schedule = task, schedule
+        self.task = task
         self.settings = settings if together.first() else dataclasses.replace(settings, folder=None, report=None)
         self.accelerator = accelerate.Accelerator(cpu=settings.device == "cpu", mixed_precision="no")
         self.model = model if settings.shard else model.to(self.accelerator.device)
         self.events: list[Events] = []
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.encodings = encode(task, task.train, model=model)
+        self.schedule = schedule = schedule.sized(len(self.encodings))
         self.lengths = [task.kind.length(e) for e in self.encodings]
         self.longest = max(self.lengths)
         self.split = features.Split(model, self.encodings)

@@ -2,17 +2,19 @@ from __future__ import annotations
 
 import pytest
 import steps
+import tiny
 import torch
 import work
 from transformers import BertConfig
 
 import paretune
-from paretune import phases, surgery
+from paretune import backbones, phases, surgery
 from paretune.methods.adapters.adapter import Adapter
 from paretune.methods.adapters.bitfit import BitFit
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.modifiers.schedule import Schedule
+from paretune.options import Options
 from paretune.training import Loop, Settings
 
 
@@ -87,6 +89,23 @@ def test_the_default_rate_is_the_lowest_of_the_cards_and_falls_with_the_size():
     assert phases.default_lr((Adapter(bottleneck=64),), base) == phases.default_lr((Adapter(bottleneck=8, scale=0.5),), base) == Adapter.card.lr
     assert phases.default_lr((Adapter(bottleneck=512, scale=4.0),), base) == Adapter.card.lr / 32
     assert phases.default_lr((Full(),), minilm) == pytest.approx(4 * Full.card.lr)  # half the layers, half the width
+
+
+@pytest.mark.parametrize("examples, epochs, batch", [(30, 3.0, 8), (266, 3.0, 8), (267, 3.0, 16), (533, 3.0, 16), (534, 3.0, 32), (534, 1.0, 8), (None, 1.0, 32)])
+def test_little_data_has_small_batches(examples, epochs, batch):
+    assert Schedule(epochs=epochs).sized(examples).batch == batch
+    assert Schedule(epochs=epochs, batch=64).sized(examples).batch == 64
+
+
+def test_the_batch_stands_in_the_completed_recipe_and_by_hand_it_is_the_same(tmp_path):
+    tiny.model("bert", "base").save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    task, found = work.text_task(train=24), backbones.find(str(tmp_path))
+    (phase,) = phases.complete(paretune.parse("bitfit"), found, task=task, options=Options()).phases
+    assert next(m for m in phase if isinstance(m, Schedule)).batch == 8
+    model = paretune.load(str(tmp_path), task)
+    fitted = paretune.fit(paretune.adapt(model, "bitfit"), task)
+    assert fitted.steps == 3 * 24 // 8
 
 
 @pytest.mark.parametrize("text, lr, head_lr", [

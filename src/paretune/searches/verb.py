@@ -109,15 +109,22 @@ def _searcher(wanted: Spec, task: Task, *, out: Path, url: str, options: Options
         account = Journal(TableLines(url, study=name))
     else:
         account = Journal(Path(wanted.account))
-    drawn = _space(wanted)
+    drawn, options = _space(wanted), _in_batches(options, task)
     known = dict(zip(wanted.backbones, places or wanted.backbones, strict=True))
     bench = Live(task, space=drawn, backbones=known, out=out, options=options, costs=found.costs)
     return Searcher(drawn, bench, study=study, journal=account, aims=found, rungs=_rungs(task, options), effort=effort)
 
 
+def _in_batches(options: Options, task: Task) -> Options:
+    """The options with the batch of all training rows, so that a rung with a part of them is trained alike."""
+    given = options.training
+    sized = Schedule(batch=given.batch, **({"epochs": given.epochs} if given.epochs else {})).sized(len(task.train))
+    return dataclasses.replace(options, training=dataclasses.replace(given, batch=sized.batch))
+
+
 def _rungs(task: Task, options: Options) -> tuple[int, ...]:
-    default, given = Schedule(), options.training
-    return halving.rungs(len(task.train), epochs=given.epochs or default.epochs, batch=given.batch or default.batch)
+    given = _in_batches(options, task).training
+    return halving.rungs(len(task.train), epochs=given.epochs or Schedule().epochs, batch=given.batch or 1)
 
 
 def _spec(task: Task, *, backbone: str, asked: dict[str, str | None], out: Path, options: Options) -> Spec:
