@@ -15,6 +15,7 @@ import re
 import runpy
 import shlex
 import shutil
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,6 +210,17 @@ def test_every_link_within_the_project_leads_somewhere(page):
 def test_the_catalogue_is_up_to_date():
     page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["page"]()
     assert (ROOT / "docs" / "catalogue.md").read_text() == page, "run `python docs/generate.py`"
+
+
+def test_what_trains_slower_than_full_says_so_on_its_card():
+    """What is measured is in benchmarks/results/method_steps.json; slower is what lies beyond most of the A/A control."""
+    for rounds in json.loads((ROOT / "benchmarks" / "results" / "method_steps.json").read_text())["rounds"].values():
+        ratios = {name: [r[name] / r["full"] for r in rounds] for name in rounds[0]}
+        most = statistics.quantiles(ratios["full, again"], n=4)[-1]
+        slower = {name: middle for name, found in ratios.items() if (middle := statistics.median(found)) > most}
+        for name, middle in slower.items():
+            assert f"{middle:.1f} times full fine-tuning's CPU time" in registry.get(name.replace(" ", "_")).card.note
+        assert slower or "t_few" in ratios
 
 
 def test_the_architecture_names_every_file_of_the_spine():

@@ -31,7 +31,8 @@ class Reptile(Modifier):
         why="New classes need a few examples and a few steps; a training step costs k of plain training, and no second derivative.",
         note="A task is so many classes of the data, drawn anew for every episode. "
         "Every inner step sees the whole episode; the paper's sees parts of it. The head learns with its outputs renamed in every episode, so a "
-        "phase that trains on the task itself has to follow: full + reptile | full + schedule(epochs=1).",
+        "phase that trains on the task itself has to follow: full + reptile | full + schedule(epochs=1). "
+        "Measured on MiniLM (docs/method-steps.md): with three inner steps, a step takes 4.1 times full fine-tuning's CPU time.",
     )
 
     inner_steps: int = knob(3, "k: steps on an episode; 1 is joint training over episodes, 0 training as without reptile", low=0, search="2..8")
