@@ -187,7 +187,7 @@ def _train(plan: Plan, k: int, model: nn.Module, work: Path) -> dict[str, Any]:
         found.update([("memory_cut", dataclasses.asdict(limit.cut)) for limit in limits])
 
     record = _metered(plan, learn, together.spent)
-    each = training.flops_per_example(model, plan.task, schedule=schedule)
+    each = training.flops_per_example(model, plan.task)
     surgery.freeze(model)
     surgery.settle(model)
     (fit,) = fitted

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import statistics
 import tempfile
 import time
@@ -82,14 +81,14 @@ class Server(contextlib.AbstractContextManager):
             answer = way.ready(entered)
             answer(rows[:FIRST])
             again, seconds = self._timed(answer, rows)
-            same = sum(map(alike, answers, again, itertools.repeat(spread(answers))))
+            same = sum(map(functools.partial(alike, spread=spread(answers)), answers, again))
             if took_s >= FASTER * seconds and same >= ALIKE * len(rows):
                 self._answer = answer
                 self._entered.enter_context(entered.pop_all())
                 self._tell(f"from row {self._rows + 1:,} on {way.name}, {took_s / seconds:.1f} times as fast: {same} of {len(rows)} answers stay within {APART:g}")
 
 
-def alike(answer: dict[str, Any], again: dict[str, Any], spread: float = 1.0) -> bool:
+def alike(answer: dict[str, Any], again: dict[str, Any], *, spread: float = 1.0) -> bool:
     """Are two answers the same, but for small differences of their numbers? A label that is a number may move by a share of the `spread` of all."""
     moved = ((key, a, again[key]) for key, a in answer.items())
     return all(abs(b - a) <= APART * (spread if key == "label" else max(1.0, abs(a))) if isinstance(a, float) else a == b for key, a, b in moved)

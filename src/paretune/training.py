@@ -350,9 +350,9 @@ def encode(task: Task, rows: Any, *, model: nn.Module) -> list[dict[str, Any]]:
     return task.encode(rows, _processor(model), max_length=max_length(model), config=model.config)
 
 
-def flops_per_example(model: nn.Module, task: Task, *, schedule: Schedule) -> float | None:
+def flops_per_example(model: nn.Module, task: Task) -> float | None:
     """FLOPs of one training example, forward and backward, at the median length; what learns is what `requires_grad`."""
-    batch, size = _middle(model, task, task.train[: 8 * schedule.batch])
+    batch, size = _middle(model, task, task.train[:256])
     reading = flops.step(lambda: task.kind.loss(model(**task.kind.inputs(batch)), batch)[0], model)
     return None if reading.value is None else reading.value / size
 

@@ -191,7 +191,7 @@ def test_a_plan_has_a_stage_for_each_phase_and_writes_nothing(place, tmp_path):
     lora = expected.stages[0]
     assert lora.energy_j == pytest.approx(6 * lora.took.wall_s, rel=0.7)  # one thread, busy, as far as others let it
     assert expected.energy.low < expected.energy.value < expected.energy.high and expected.energy.estimate
-    each = training.flops_per_example(_attached(asked), asked.task, schedule=SCHEDULE)
+    each = training.flops_per_example(_attached(asked), asked.task)
     assert lora.flops == pytest.approx(2 * 96 * each, rel=0.3)
     ((spelling, shape, times),) = expected.formats
     assert spelling.startswith("int8") and shape == (16, 16) and all(t.fp32 > 0 for t in times)

@@ -94,7 +94,7 @@ def test_alike_is_the_same_label_and_nearly_the_same_numbers(again, same):
 def test_numbers_as_labels_may_differ_by_a_share_of_their_spread():
     answers = [{"label": 1000.0}, {"label": 1002.0}]
     assert serving.spread(answers) == 1.0 and serving.spread([{"label": "a", "p": 0.5}]) == 1.0
-    assert serving.alike(answers[0], {"label": 1000.009}, 1.0) and not serving.alike(answers[0], {"label": 1000.02}, 1.0)
+    assert serving.alike(answers[0], {"label": 1000.009}, spread=1.0) and not serving.alike(answers[0], {"label": 1000.02}, spread=1.0)
     assert serving.alike({"perplexity": 1000.0}, {"perplexity": 1009.0}) and not serving.alike({"perplexity": 1000.0}, {"perplexity": 1011.0})
 
 

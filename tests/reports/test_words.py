@@ -22,8 +22,7 @@ def test_the_command_holds_the_recipe_as_one_word_and_names_the_data() -> None:
 def test_the_command_repeats_the_schedule_that_flags_filled_in() -> None:
     resolved = 'lora(r=8, alpha=16) + schedule(lr=0.0005, epochs=1.5, batch=32, dtype="bf16") | merge'
     parts = shlex.split(words.command(record("lora(r=8) | merge") | {"resolved": resolved}))
-    assert [parts[parts.index(f"--{flag}") + 1] for flag in ("epochs", "lr", "dtype")] == ["1.5", "0.0005", "bf16"]
-    assert "--batch" not in parts  # 32 is the default
+    assert [parts[parts.index(f"--{flag}") + 1] for flag in ("epochs", "lr", "batch", "dtype")] == ["1.5", "0.0005", "32", "bf16"]
     own = {"recipe": "full + schedule(epochs=1)", "resolved": "full + schedule(epochs=1, lr=3e-5)"}
     assert "--epochs" not in words.command(record("full") | own)
     rates = {"recipe": "head | full", "resolved": "head + schedule(lr=0.01, epochs=2.0) | full + schedule(lr=3e-05, epochs=2.0)"}

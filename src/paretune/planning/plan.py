@@ -179,7 +179,7 @@ class _Weigher(Events):
         self.resident_b += fitting.kernels_b(loop, counts, dtype=pace.dtype)
         parts, within = max(map(len, steps)) > 1, not adamw.needs_all(loop)
         self.peak_mb = fitting.peak_b(self.resident_b, learning=learning, held=held, parts=parts, within=within) / 1e6
-        self.counted_flops = training.flops_per_example(loop.model, loop.task, schedule=loop.schedule)
+        self.counted_flops = training.flops_per_example(loop.model, loop.task)
         self.took = now() - started
         return pace
 
