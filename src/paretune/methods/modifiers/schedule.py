@@ -36,7 +36,7 @@ class Schedule(Modifier):
     lr: float | None = knob(None, "peak learning rate; None takes the lowest of the adapters' cards", low=0.0, search="1e-5..1e-2 log")
     head_lr: float | None = knob(None, "peak learning rate of the task's head; None is lr, but at least 1e-3 and, beside adapters, at most 3e-3", low=0.0)
     epochs: float = knob(3.0, "passes over the training split; a fraction is allowed", low=0.0)
-    batch: int | None = knob(None, "examples per optimizer step; None is 32, or 16 or 8 where a training would have less than 50 steps", low=1)
+    batch: int | None = knob(None, "examples per optimizer step; None is 32, or 16 or 8 where a training would have fewer than 50 steps", low=1)
     tokens: int | None = knob(None, "tokens of examples per optimizer step, in place of `batch` examples; padding is not counted", low=1)
     pack: bool = knob(False, "texts in one row with hardly any padding, each attending to itself alone; they are not sorted by length then")
     micro_batch: int | None = knob(None, "examples per forward pass, accumulated to `batch`; None is `batch`, cut on a CPU to what stays in its caches", low=1)
@@ -54,8 +54,8 @@ class Schedule(Modifier):
         """The schedule with its batch, for so many training examples (None: not known before they are read, and many)."""
         if self.batch is not None:
             return self
-        few = examples is not None and next((size for size in BATCHES if self.epochs * examples >= STEPS * size), BATCHES[-1])
-        return dataclasses.replace(self, batch=few or BATCHES[0])
+        enough = (size for size in BATCHES if examples is None or self.epochs * examples >= STEPS * size)
+        return dataclasses.replace(self, batch=next(enough, BATCHES[-1]))
 
     def events(self, loop: Loop) -> Events:
         """No handlers: the loop itself reads the schedule."""
