@@ -115,15 +115,15 @@ def mean_range(found: Sequence[dict[str, Any] | None], *, field: str = "score", 
     return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f}{missing})"
 
 
-def mean_interval(found: Sequence[dict[str, Any] | None], *, times: float = 100.0, digits: int = 1) -> str:
-    """The mean score over seeds and the half width of its 95 % interval over them (Student's t); says so where some or all are missing."""
-    values = [times * f["score"] for f in found if f is not None]
+def mean_interval(found: Sequence[dict[str, Any] | None]) -> str:
+    """The mean score in percent over seeds and the half width of its 95 % interval over them (Student's t); says so where some or all are missing."""
+    values = [100 * f["score"] for f in found if f is not None]
     if not values:
         return NOT_RUN
     missing = f" ({len(values)} of {len(found)} seeds)" if len(values) < len(found) else ""
     interval, _ = intervals.over_seeds(values, [None] * len(values)) if len(values) > 1 else (None, "")
     half = (interval[1] - interval[0]) / 2 if interval else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}{missing}"
+    return f"{statistics.mean(values):.1f} ± {half:.1f}{missing}"
 
 
 def mean(found: Iterable[dict[str, Any] | None], field: str, *, digits: int = 0) -> str:

@@ -74,8 +74,7 @@ def complete(recipe: Recipe, backbone: Backbone, *, task: Task, options: Options
     for readout in readouts_of(recipe):
         readout.check(backbones.outline(backbone, task, speaks=readout.speaks), Examples(task, None))
     config = AutoConfig.from_pretrained(backbone.source)
-    rows = None if task.kind.name == "language" else len(task.train)  # a language model's examples are blocks of its texts
-    return Recipe(tuple(_scheduled(phase, options, config, rows=rows) if is_training(phase) else phase for phase in recipe.phases))
+    return Recipe(tuple(_scheduled(phase, options, config, task=task) if is_training(phase) else phase for phase in recipe.phases))
 
 
 def readouts_of(recipe: Recipe) -> list[Readout]:
@@ -88,10 +87,10 @@ def first_model(plan: Plan) -> nn.Module:
     return backbones.load(plan.backbone, plan.task, seed=plan.seed, speaks=any(r.speaks for r in readouts_of(plan.recipe)))
 
 
-def _scheduled(phase: Phase, options: Options, config: Any, *, rows: int | None) -> Phase:
+def _scheduled(phase: Phase, options: Options, config: Any, *, task: Task) -> Phase:
     given = next((m for m in phase if isinstance(m, Schedule)), None)
     asked = {k: getattr(options.training, k) for k in ("epochs", "lr", "batch", "dtype") if getattr(options.training, k) is not None}
-    schedule = rated(given or Schedule(**asked), phase, config=config).sized(rows)
+    schedule = rated(given or Schedule(**asked), phase, config=config).sized(task)
     return (*(m for m in phase if not isinstance(m, Schedule)), schedule)
 
 

@@ -93,7 +93,7 @@ class Loop:
         self.events: list[Events] = []
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.encodings = encode(task, task.train, model=model)
-        self.schedule = schedule = schedule.sized(len(self.encodings))
+        self.schedule = schedule = schedule.sized(task)
         self.lengths = [task.kind.length(e) for e in self.encodings]
         self.longest = max(self.lengths)
         self.split = features.Split(model, self.encodings)

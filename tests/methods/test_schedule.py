@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import steps
 import tiny
@@ -15,6 +17,7 @@ from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.options import Options
+from paretune.tasks.kinds import KINDS
 from paretune.training import Loop, Settings
 
 
@@ -91,10 +94,12 @@ def test_the_default_rate_is_the_lowest_of_the_cards_and_falls_with_the_size():
     assert phases.default_lr((Full(),), minilm) == pytest.approx(4 * Full.card.lr)  # half the layers, half the width
 
 
-@pytest.mark.parametrize("examples, epochs, batch", [(30, 3.0, 8), (266, 3.0, 8), (267, 3.0, 16), (533, 3.0, 16), (534, 3.0, 32), (534, 1.0, 8), (None, 1.0, 32)])
+@pytest.mark.parametrize("examples, epochs, batch", [(30, 3.0, 8), (266, 3.0, 8), (267, 3.0, 16), (533, 3.0, 16), (534, 3.0, 32), (534, 1.0, 8)])
 def test_little_data_has_small_batches(examples, epochs, batch):
-    assert Schedule(epochs=epochs).sized(examples).batch == batch
-    assert Schedule(epochs=epochs, batch=64).sized(examples).batch == 64
+    task = work.text_task(train=examples)
+    assert Schedule(epochs=epochs).sized(task).batch == batch
+    assert Schedule(epochs=epochs, batch=64).sized(task).batch == 64
+    assert Schedule(epochs=epochs).sized(dataclasses.replace(task, kind=KINDS["language"]())).batch == 32, "its examples are blocks, however few the rows"
 
 
 def test_the_batch_stands_in_the_completed_recipe_and_by_hand_it_is_the_same(tmp_path):

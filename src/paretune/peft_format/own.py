@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def read(model: nn.Module, source: Path, *, config: dict[str, Any], tensors: dic
     surgery.switch(model, *adapters)
     values = {_renamed(n.removeprefix(PREFIX), new): t for n, t in tensors.items()}
     state = {n: t for n, t in model.state_dict(keep_vars=True).items() if n in {*_ours(model, tuple(adapters)), *record["trained"]}}
-    try:
+    with contextlib.ExitStack() as undo:  # whatever goes wrong, the model is left as it was
+        for adapter in adapters:
+            undo.callback(surgery.remove, model, adapter)
         files.check(source, model, shapes={n: tuple(t.shape) for n, t in state.items()}, tensors=values)
         moved = any(not torch.equal(state[n], values[n].to(state[n])) for n in record["trained"])
         with torch.no_grad():
@@ -71,10 +74,7 @@ def read(model: nn.Module, source: Path, *, config: dict[str, Any], tensors: dic
                 t.copy_(values[n])
         if not moved:
             files.refuse_idle(source, model)
-    except StoreError:
-        for adapter in adapters:
-            surgery.remove(model, adapter)
-        raise
+        undo.pop_all()
     surgery.thaw(model)
     return model
 

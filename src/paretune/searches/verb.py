@@ -118,7 +118,7 @@ def _searcher(wanted: Spec, task: Task, *, out: Path, url: str, options: Options
 def _in_batches(options: Options, task: Task) -> Options:
     """The options with the batch of all training rows, so that a rung with a part of them is trained alike."""
     given = options.training
-    sized = Schedule(batch=given.batch, **({"epochs": given.epochs} if given.epochs else {})).sized(len(task.train))
+    sized = Schedule(batch=given.batch, **({"epochs": given.epochs} if given.epochs else {})).sized(task)
     return dataclasses.replace(options, training=dataclasses.replace(given, batch=sized.batch))
 
 

@@ -115,4 +115,4 @@ def _by_row(task: Task, predictions: Sequence[Any], *, rows: Sequence[Row]) -> t
 def _same_length(predictions: Sequence[Any], rows: Sequence[Row], task: Task) -> None:
     if not predictions:
         raise DataError(f"{task.name}: there is nothing to score: no rows")
-    assert task.kind.name == "language" or len(predictions) == len(rows), (len(predictions), len(rows))
+    assert task.kind.in_blocks or len(predictions) == len(rows), (len(predictions), len(rows))

@@ -14,6 +14,7 @@ from paretune.card import Card, knob
 from paretune.roles import Modifier
 
 if TYPE_CHECKING:
+    from paretune.tasks import Task
     from paretune.training import Events, Loop
 
 
@@ -50,11 +51,11 @@ class Schedule(Modifier):
     cache: bool = knob(True, "what is frozen below all that learns is computed without dropout, and once per example; False: in every epoch, with dropout")
     head: bool = knob(True, "train the task's head")
 
-    def sized(self, examples: int | None) -> Schedule:
-        """The schedule with its batch, for so many training examples (None: not known before they are read, and many)."""
+    def sized(self, task: Task) -> Schedule:
+        """The schedule with its batch for this task's training rows; blocks of text are taken to be many, as they are not counted before they are read."""
         if self.batch is not None:
             return self
-        enough = (size for size in BATCHES if examples is None or self.epochs * examples >= STEPS * size)
+        enough = (size for size in BATCHES if task.kind.in_blocks or self.epochs * len(task.train) >= STEPS * size)
         return dataclasses.replace(self, batch=next(enough, BATCHES[-1]))
 
     def events(self, loop: Loop) -> Events:

@@ -34,6 +34,7 @@ class Kind:
     name: ClassVar[str]
     noun: ClassVar[str] = "texts"
     outputs: ClassVar[str] = "classes"
+    in_blocks: ClassVar[bool] = False  # are examples blocks of all rows together, and not the rows?
     role: ClassVar[str] = "text"  # the column that holds the input
     auto_class: ClassVar[str]
     metric: ClassVar[str]

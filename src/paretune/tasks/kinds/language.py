@@ -30,6 +30,7 @@ class Language(Kind):
     """
 
     name: ClassVar[str] = "language"
+    in_blocks: ClassVar[bool] = True
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     metric: ClassVar[str] = "perplexity"
     needs_label: ClassVar[bool] = False
