@@ -28,24 +28,29 @@ TRAIN, VALIDATION, TEST, EPOCHS, BATCH, LONGEST = 600, 200, 500, 2, 16, 128
 WHOLE, ADDED, PROMPTS = (5e-5, 1e-4, 2e-4, 4e-4), (3e-4, 1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2, 1e-1)  # the rates tried
 METHODS: dict[str, tuple[str, tuple[float, ...]]] = {  # recipe, rates tried
     "full": ("full", WHOLE), "top layers": ("top_layers(k=2)", WHOLE), "head": ("head", ADDED), "bitfit": ("bitfit", ADDED), "ia3": ("ia3", ADDED),
-    "lora": ("lora(r=8)", ADDED), "lora q, v": ('lora(r=8, targets="query value")', ADDED), "houlsby": ("adapter(bottleneck=24)", ADDED),
+    "lora": ("lora(r=8)", ADDED), "lora q, v": ('lora(r=8, targets="query value")', ADDED), "dora": ("dora(r=8)", ADDED), "houlsby": ("adapter(bottleneck=24)", ADDED),
     "pfeiffer": ('adapter(bottleneck=24, form="pfeiffer")', ADDED), "parallel": ('adapter(bottleneck=24, form="parallel")', ADDED),
-    "compacter": ("compacter", ADDED), "prefix": ("prefix", ADDED), "prompt": ("prompt", PROMPTS), "ptuning": ("ptuning", ADDED),
-    "mam": ("mam", ADDED), "unipelt": ("unipelt", ADDED), "intrinsic dimension": ("intrinsic_dimension", ADDED),
+    "compacter": ("compacter", ADDED), "compacter++": ('compacter(form="compacter++")', ADDED),
+    "prefix": ("prefix", ADDED), "prompt": ("prompt", PROMPTS), "ptuning": ("ptuning", ADDED),
+    "mam": ("mam", WHOLE), "unipelt": ("unipelt", ADDED), "intrinsic dimension": ("intrinsic_dimension", ADDED),
     "diff pruning": ("diff_pruning", WHOLE), "mask": ("mask", ADDED), "surgical": ("surgical", WHOLE),
 }  # fmt: skip
 PEERS: dict[str, tuple[str, str, dict[str, Any], tuple[float, ...]]] = {  # library, configuration, its arguments, rates tried
     "peft: lora q, v": ("peft", "LoraConfig", {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}, ADDED),
+    "peft: dora": ("peft", "LoraConfig", {"r": 8, "lora_alpha": 16, "target_modules": r".*encoder.*(query|key|value|dense)", "use_dora": True}, ADDED),
     "peft: ia3": ("peft", "IA3Config", {}, ADDED),
     "peft: prefix": ("peft", "PrefixTuningConfig", {"num_virtual_tokens": 20}, ADDED),
     "peft: prompt": ("peft", "PromptTuningConfig", {"num_virtual_tokens": 20}, PROMPTS),
     "peft: ptuning": ("peft", "PromptEncoderConfig", {"num_virtual_tokens": 20, "encoder_hidden_size": 384}, ADDED),
+    "adapters: lora q, v": ("adapters", "LoRAConfig", {"r": 8, "alpha": 16}, ADDED),
     "adapters: houlsby": ("adapters", "DoubleSeqBnConfig", {"reduction_factor": 16}, ADDED),
     "adapters: pfeiffer": ("adapters", "SeqBnConfig", {"reduction_factor": 16}, ADDED),
     "adapters: parallel": ("adapters", "ParBnConfig", {"reduction_factor": 16}, ADDED),
     "adapters: compacter": ("adapters", "CompacterConfig", {"reduction_factor": 16}, ADDED),
+    "adapters: compacter++": ("adapters", "CompacterPlusPlusConfig", {"reduction_factor": 16}, ADDED),
     "adapters: prefix": ("adapters", "PrefixTuningConfig", {}, ADDED),
-    "adapters: mam": ("adapters", "MAMConfig", {}, ADDED),
+    "adapters: prompt": ("adapters", "PromptTuningConfig", {"prompt_length": 20}, PROMPTS),
+    "adapters: mam": ("adapters", "MAMConfig", {}, WHOLE),
     "adapters: unipelt": ("adapters", "UniPELTConfig", {}, ADDED),
     "adapters: ia3": ("adapters", "IA3Config", {}, ADDED),
 }
