@@ -63,7 +63,7 @@ class Call(NamedTuple):
 
     def _mask_behind(self, length: int) -> Tensor | None:
         mask = self.mask
-        if mask is None and self._is_causal():
+        if mask is None and self.is_triangular():
             # No mask means a triangle that SDPA aligns with the first key; further keys in front would shift it.
             queries, keys = self.query.shape[2], self.key.shape[2]
             mask = torch.ones(queries, keys, dtype=torch.bool, device=self.query.device).tril()[None, None]
@@ -72,8 +72,8 @@ class Call(NamedTuple):
         seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
         return torch.cat([seen((*mask.shape[:-1], length)), mask], -1)
 
-    def _is_causal(self) -> bool:
-        """Does this call without a mask hide later keys? Eager attention, and ours, then hide none."""
+    def is_triangular(self) -> bool:
+        """Does this call, where it has no mask, see a triangle that begins at the first key? Eager attention, and ours, then see all."""
         said = self.more.get("is_causal")
         causal = getattr(self.module, "is_causal", True) if said is None else said
         return self.implementation not in SPELLED and self.query.shape[2] > 1 and bool(causal)

@@ -90,7 +90,7 @@ class Replacement(Patch):
 
     def attend(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
         self.calls += 1
-        return self.compute(attend, call)
+        return self.compute(attend, without_room(call))
 
     def compute(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
         """The output (B, T, H, D) and, where they are made, the weights (B, H, T, S); `attend(call)` is the model's own way."""
@@ -167,6 +167,22 @@ def padding(call: Call, *, by: Transform) -> Tensor | None:
             if differs.any():
                 raise Incompatible(f"{by!r}: the attention mask says more than which tokens are padding; give one text per row and a 2-D attention_mask")
     return None if bool(keys.all()) else keys
+
+
+def without_room(call: Call) -> Call:
+    """The call without the keys behind its last query, where a cache of fixed size has room for tokens to come: queries are the last positions then."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    if queries == keys or not is_causal(call):
+        return call
+    if call.mask is not None:
+        count = torch.arange(1, keys + 1, device=call.mask.device)
+        last = (visible(call.mask)[:, 0] * count).amax((0, 2))  # (T), one more than the last key that a query sees: itself, unless it is padding
+        keys = max(queries, queries - 1 + int((last - count[:queries] + 1).max()))
+    elif call.is_triangular():
+        keys = queries
+    more = {name: value[..., :keys] if name == "position_bias" and value is not None else value for name, value in call.more.items()}
+    mask = None if call.mask is None else call.mask[..., :keys]
+    return call._replace(key=call.key[:, :, :keys], value=call.value[:, :, :keys], mask=mask, more=more)
 
 
 def visible(mask: Tensor) -> Tensor:

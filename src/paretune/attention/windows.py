@@ -119,16 +119,13 @@ def _summed(call: Call) -> Tensor | None:
 def _hidden(call: Call, bands: Sequence[Band]) -> Call:
     """The call with a mask that hides what the bands hide, and without the keys before all of them."""
     queries, keys = call.query.shape[2], call.key.shape[2]
-    last = keys - 1
-    if call.mask is not None and queries < keys:  # a cache of fixed size has room behind the last token
-        last = int(efficient.visible(call.mask)[:, 0, -1].any(0).nonzero().max())
-    begin = last - queries + 1
+    begin = keys - queries
     low = max(0, begin - max(b.window * b.dilation for b in bands)) if begin else 0
     mask = None if call.mask is None else call.mask[..., low:]
     more = dict(call.more)
     if more.get("position_bias") is not None:
         more["position_bias"] = more["position_bias"][..., low:]
-    seen = _seen(tuple(bands), call.query.shape[1] // len(bands), (begin, last + 1), (low, keys), call.query.device)
+    seen = _seen(tuple(bands), call.query.shape[1] // len(bands), (begin, keys), (low, keys), call.query.device)
     if seen.all():
         return call._replace(key=call.key[:, :, low:], value=call.value[:, :, low:], mask=mask, more=more)
     if mask is None:
