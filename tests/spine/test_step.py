@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from paretune import anatomy
 from paretune.methods.adapters.full import Full
+from paretune.methods.transforms.longformer import Longformer
 from paretune.step import dropout, probe, short_attention
 from paretune.step.probe import Pace
 
@@ -221,6 +222,19 @@ def test_trials_end_where_a_tenth_of_the_phase_is_spent():
 
 def test_nothing_is_timed_where_there_is_nothing_to_choose():
     assert probe.fastest(None, formats=["fp32"], kernels=["own"], passes=100) == Pace("fp32", "own")
+
+
+def test_a_replaced_attention_is_timed_by_itself(monkeypatch):
+    """Longformer without global tokens brings no parameter, and what is fastest for all pairs need not be for its windows."""
+    asked = []
+    monkeypatch.setattr(probe, "_CHOSEN", {})
+    monkeypatch.setattr(probe, "fastest", lambda timed, **how: asked.append(how) or Pace("fp32", "eager"))
+    for method in (None, Longformer(window=2, global_tokens=0), None):
+        model = work.ready("bert")
+        if method is not None:
+            method.apply(model)
+        work.fitted(model, work.text_task(), epochs=1.0, batch=8, dtype="auto")
+    assert len(asked) == 2
 
 
 def test_a_training_tells_the_probe_how_long_it_is_and_shows_it_few_tokens(monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paretune import seams
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.step import cross_entropy, narrow, packing, short_attention
 from paretune.step.dropout import cheap as cheap_dropout
@@ -53,7 +54,8 @@ def choose(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], schedule: S
         return Pace(schedule.dtype, packing.name(_attentions(model)[0]) if schedule.pack else "")
     first = next((v for v in batch.values() if v.dim() > 1), next(iter(batch.values())))
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    key = (type(model), str(first.device), torch.get_num_threads(), len(first), _bucket(first), learning, schedule.dropout, schedule.pack,
+    attending = frozenset(repr(p.method) for _, _, seam in seams.seams_of(model) for _, _, p in seam.patches() if p.attends)
+    key = (type(model), str(first.device), torch.get_num_threads(), len(first), _bucket(first), learning, attending, schedule.dropout, schedule.pack,
            int(passes).bit_length())  # fmt: skip
     if key not in _CHOSEN:
         likely = sorted(_attentions(model), key=lambda kernel: (kernel == short_attention.NAME) != (first[0].numel() <= SHORT))
