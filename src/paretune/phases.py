@@ -250,6 +250,8 @@ def shrink(model: nn.Module, methods: Any, task: Task | None = None) -> nn.Modul
 def _change(model: nn.Module, method: Method, *, task: Task | None) -> None:
     if not isinstance(method, Transform | Readout):
         raise Incompatible(f"{method!r} is {method.role}, not a transform or readout; use adapt and fit for what learns")
+    if not method.keeps_ranges:
+        surgery.refuse_ranges(model, repr(method))
     needs = isinstance(method, Readout) or method.needs_examples
     if needs and task is None:
         raise Incompatible(f"{method!r} reads training examples; give the task: shrink(model, {method!r}, task)")

@@ -32,6 +32,7 @@ class Trail:
     by: str = ""  # the spelling of the transform that left it
     narrowed: tuple[str, ...] = ()  # the spellings of the transforms that kept a share of all neurons or heads
     fixed: str = ""  # the spelling of a transform that left zeros, thin factors or shared layers, which no sum may undo
+    shared: str = ""  # the spelling of a transform that left layers with one set of parameters, of which no layer can have codes of its own
     carries: bool = False  # do weights of that format pass gradients on to adapters, as a frozen base?
     ranges: Modifier | None = None  # the qat whose step sizes wait to become codes
     embeddings: str = "float"  # the format of the token embedding, where a transform packed it

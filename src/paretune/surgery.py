@@ -40,7 +40,7 @@ def attach(model: nn.Module, methods: Sequence[Adapter], *, name: str = "default
     """
     here = state(model)
     _check_name(name, here)
-    _refuse_ranges(model, "a further adapter")
+    refuse_ranges(model, "a further adapter")
     plan = [(m, m.sites(model), m.selection(model)) for m in methods]  # every refusal happens before the first change
     if not on_top:
         switch(model)
@@ -69,7 +69,8 @@ def _idle(model: nn.Module, methods: Sequence[Adapter]) -> list[str]:
     return [n for n, _ in model.named_parameters() if n.startswith(tuple(f"{path}." for path in around))] if around else []
 
 
-def _refuse_ranges(model: nn.Module, what: str) -> None:
+def refuse_ranges(model: nn.Module, what: str) -> None:
+    """Refuses a change of the weights between `qat` and the codes, which shall be the very weights of training."""
     found = next((r for _, _, seam in seams_of(model) if (r := seam.ranges())), None)
     if found is not None:
         raise Incompatible(f"{found.method!r} has learned step sizes for the weights as they are, which {what} would change; pack them first, or leave it out")
@@ -197,7 +198,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         Incompatible: for an adapter that does more than add to an output, or trains a head or other weights in place.
     """
     here = state(model)
-    _refuse_ranges(model, "an adapter for each row")
+    refuse_ranges(model, "an adapter for each row")
     before = here.active
     for name in dict.fromkeys(n for n in names if n is not None):
         _known(name, here)

@@ -9,15 +9,19 @@ import steps
 import torch
 import work
 
-from paretune import inference, phases, seams, surgery
+from paretune import inference, phases, processors, seams, surgery
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.modifiers.qat import QAT, _Learned
+from paretune.methods.transforms.cast import Cast
 from paretune.methods.transforms.int4 import Int4
 from paretune.methods.transforms.int8 import Int8
 from paretune.methods.transforms.int8_weights import Int8Weights
+from paretune.methods.transforms.keep_layers import KeepLayers
+from paretune.methods.transforms.magnitude import Magnitude
 from paretune.methods.transforms.merge import Merge
+from paretune.methods.transforms.vocabulary import Vocabulary
 from paretune.recipe import parse
 from paretune.weights.packed import PackedLinear
 
@@ -113,7 +117,8 @@ def test_unmerged_is_as_before():
 
 
 REFUSED = ["full + qat | int4", "full + qat | nf4", "full + qat | int8_weights(group=8)", "full + qat(bits=4) | int8", "full + qat(bits=2) | int8",
-           "full + qat | magnitude", "full + qat | cast", "full + qat | lora", "lora + qat | int8", "nf4 | lora + qat", "cast | lora + qat"]  # fmt: skip
+           "full + qat | magnitude", "full + qat | cast", "full + qat | lora", "lora + qat | int8", "nf4 | lora + qat", "cast | lora + qat", "share_layers | full + qat",
+           "share_layers | full | magnitude | full + qat | int8"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", REFUSED)
@@ -122,7 +127,8 @@ def test_other_codes_and_changes_are_refused(text):
         parse(text).check()
 
 
-ALLOWED = ["full + qat | int8", "lora + qat | merge | int8_weights", "full + qat(bits=4, group=32) | int4(group=32, symmetric=True)", "qat + full"]
+ALLOWED = ["full + qat | int8", "lora + qat | merge | int8_weights", "full + qat(bits=4, group=32) | int4(group=32, symmetric=True)", "qat + full",
+           "full + qat | vocabulary | int8", "share_layers | full + qat(bits=32)"]
 
 
 @pytest.mark.parametrize("text", ALLOWED)
@@ -140,6 +146,36 @@ def test_a_model_refuses_what_a_recipe_would():
         surgery.attach(model, [LoRA()], name="second", on_top=True)
     with pytest.raises(RecipeError, match="groups of 32"):
         QAT(bits=4, group=0)
+
+
+@pytest.mark.parametrize("method", [Cast(), KeepLayers(), Magnitude()], ids=str)
+def test_a_change_between_training_and_codes_is_refused_by_hand_too(method):
+    model, _ = trained(QAT(), Full())
+    before = steps.tensors(model)
+    with pytest.raises(Incompatible, match=f"which {method!r} would change; pack them first"):
+        phases.shrink(model, method, work.text_task())
+    assert steps.same(before, steps.tensors(model))
+
+
+@pytest.mark.parametrize("family, method, format", [("bert", QAT(), Int8()), ("llama", QAT(), Int8()), ("llama", QAT(bits=4), Int4(symmetric=True))], ids=str)
+def test_a_trimmed_vocabulary_leaves_codes_those_of_training(family, method, format):
+    """An output of its own over the vocabulary loses rows, and their steps go with them."""
+    task = work.generation_task() if family == "llama" else work.text_task()
+    model = work.ready(family, "causal" if family == "llama" else "classification")
+    torch.manual_seed(0)
+    surgery.attach(model, [Full()], name="phase_1")
+    work.fitted(model, task, method, epochs=0.5)
+    surgery.freeze(model)
+    surgery.settle(model)
+    seen, old = rounded(model), processors.get(model).get_vocab()
+    phases.shrink(model, Vocabulary(), task)
+    new = processors.get(model).get_vocab()
+    kept = [old[piece] for piece in sorted(new, key=new.get)]
+    assert len(new) < len(old)
+    phases.shrink(model, format)
+    packed = {path: m.dequantized() for path, m in model.named_modules() if isinstance(m, PackedLinear)}
+    assert packed.keys() == seen.keys() and ("lm_head" in seen) == (family == "llama")
+    assert all(torch.equal(packed[path], w[kept] if path == "lm_head" else w) for path, w in seen.items())
 
 
 class Killed(Exception):

@@ -125,3 +125,9 @@ def test_what_cannot_be_shared_is_refused():
     for text in ("magnitude", "ffn", "low_rank"):
         with pytest.raises(Incompatible, match="shared with another module"):
             phases.shrink(model, parse(text).phases[0][0], work.text_task())
+
+
+@pytest.mark.parametrize("text", ["int8", "full | int4", "full | magnitude | nf4"])
+def test_packing_is_refused_before_anything_trains(text):
+    with pytest.raises(Incompatible, match="share_layers left layers that share their parameters, and codes cannot be shared"):
+        parse(f"full | share_layers | {text}")

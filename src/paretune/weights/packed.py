@@ -28,7 +28,7 @@ from paretune.roles import Examples, Trail, Transform
 from paretune.seams import CHILD, RANGES, base_of, drop_ranges, seam_of
 from paretune.weights import kernels
 from paretune.weights.maps import require_floats
-from paretune.weights.sharing import require_own_layers
+from paretune.weights.sharing import require_own_layers, require_unshared
 
 T = TypeVar("T")
 CHUNK = 2**22  # so many weights are dequantized at a time: 16 MB in fp32
@@ -71,6 +71,7 @@ class Packing(Transform):
 
     def follow(self, trail: Trail) -> Trail:
         require_floats(self, trail)
+        require_unshared(self, trail)
         self._check_ranges(trail)
         name = self.spelling()
         return trail.replace(ranges=None, weights=name, by=name, carries=self.carries, embeddings=name if self.embeddings else trail.embeddings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from paretune.errors import Incompatible
-from paretune.roles import Method
+from paretune.roles import Method, Trail
 from paretune.seams import CHILD
 
 
@@ -52,8 +52,14 @@ def declare(model: nn.Module) -> None:
             module.__dict__["_tied_weights_keys"] = {name.replace(".", r"\.") + "$": name for name in names} if path in found else {}
 
 
+def require_unshared(method: Method, trail: Trail) -> None:
+    """Refuses a method that would give each layer codes of its own, behind one that let layers share their parameters."""
+    if trail.shared:
+        raise Incompatible(f"{method!r}: {trail.shared} left layers that share their parameters, and codes cannot be shared; use cast, or leave {trail.shared} out")
+
+
 def require_own_layers(model: nn.Module, *, by: Method) -> None:
-    """Refuses a method that would give each layer codes of its own, where layers share their parameters."""
+    """Refuses, on a model, what `require_unshared` refuses in a recipe."""
     follower = next(iter(shared_layers(model)), None)
     if follower is not None:
         raise Incompatible(f"{by!r}: {follower} shares its parameters with another layer, and codes cannot be shared; use cast, or leave share_layers out")

@@ -28,7 +28,7 @@ from paretune.training import Events, Loop
 from paretune.weights.maps import require_floats
 from paretune.weights.numerics import TINY, absmax, grouped, scaled, ungrouped
 from paretune.weights.packed import packable
-from paretune.weights.sharing import require_own_layers
+from paretune.weights.sharing import require_own_layers, require_unshared
 
 GROUPS = (32, 64, 128)  # of int4
 
@@ -77,6 +77,7 @@ class QAT(Modifier):
         if trail.weights != "float":
             require_floats(self, trail)
             raise Incompatible(f"{self!r}: {trail.by} left {trail.weights} weights, which are rounded already; put it behind {self.spelling()}")
+        require_unshared(self, trail)
         return trail.replace(ranges=self)
 
     def events(self, loop: Loop) -> Events:
@@ -140,6 +141,11 @@ class Steps(Patch):
 
     def settle(self) -> dict[str, Tensor]:
         return {"steps": self.log_steps.exp().to(self.stored)}
+
+    def keep_rows(self, kept: list[int]) -> None:
+        """Follows a settled weight of which only these rows stay."""
+        self.steps = self.steps.view(self.site.out_features, -1)[kept].flatten()
+        self.site = dataclasses.replace(self.site, out_features=len(kept))
 
 
 def _rounded(groups: Tensor, steps: Tensor, bits: int) -> Tensor:

@@ -33,7 +33,7 @@ class ShareLayers(Transform):
         equation="θ_j = θ_g(j)",
         lowers="E",
         why="A group of layers is stored, and trained, once; an inference takes as long as before, for all layers are computed.",
-        note="Lossy until it is trained: layers of a pretrained model differ. Opens with transformers and paretune.",
+        note="Lossy until it is trained: layers of a pretrained model differ. Its layers cannot be packed: use cast. Opens with transformers and paretune.",
     )
 
     groups: int = knob(1, "how many groups of layers that follow each other a stack has", low=1, search="1..6")
@@ -41,7 +41,7 @@ class ShareLayers(Transform):
 
     def follow(self, trail: Trail) -> Trail:
         require_floats(self, trail)
-        return trail.replace(fixed=self.spelling())
+        return trail.replace(fixed=self.spelling(), shared=self.spelling())
 
     def apply(self, model: nn.Module, examples: Examples | None = None) -> nn.Module:
         groups = [group for found in anatomy.layer_lists(model) for group in self._grouped(model.get_submodule(found.path)) if len(group) > 1]

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from paretune import anatomy, hub, processors, surgery
+from paretune import anatomy, hub, processors, seams, surgery
 from paretune.card import Card
 from paretune.errors import Incompatible
 from paretune.roles import Examples, Trail, Transform
@@ -42,6 +42,7 @@ class Vocabulary(Transform):
     )
     needs_examples = True
     needs_processor = True
+    keeps_ranges = True  # an output's rows go with their steps
 
     def follow(self, trail: Trail) -> Trail:
         if trail.embeddings != "float":
@@ -222,6 +223,8 @@ def _cut(model: nn.Module, kept: list[int], rows: int) -> None:
             if id(tensor) in cut:
                 module._parameters[name] = cut[id(tensor)]
                 _resize(module, ids)
+                if name == "weight" and (seam := seams.seam_of(module)) is not None and (ranges := seam.ranges()) is not None:
+                    ranges.keep_rows(kept)
         logits_bias = module._buffers.get("final_logits_bias")  # BART's, (1, V)
         if logits_bias is not None:
             module._buffers["final_logits_bias"] = logits_bias[:, kept].clone()
