@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy import ndimage, stats
 
 import paretune as pt
 from paretune.errors import DataError
-from paretune.tasks import Task, listops, pathfinder
+from paretune.tasks import Task, listops, pathfinder, sequences
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,55 @@ def test_no_sum_over_pixels_tells_the_classes_apart() -> None:
 def test_built_in_tasks_take_no_columns() -> None:
     with pytest.raises(DataError, match="listops-short is built in: it takes no label"):
         pt.task("listops-short", label="value")
+
+
+# --- sequences from data of one's own -------------------------------------------------------------------------------------------
+
+TEXTS = {name: [f"{name} {i}: " + " ".join(f"{word}é{j}" for j in range(60)) for i in range(4)] for name, word in (("a", "sea"), ("b", "hill"))}
+
+
+def test_passages_are_cut_from_the_label_s_documents_byte_by_byte() -> None:
+    rows = sequences.passages(TEXTS, 10, length=40)
+    assert Counter(row["label"] for row in rows) == {"a": 5, "b": 5}
+    for row in rows:
+        assert len(row["text"]) == 40 and set(row["text"]) <= set(sequences.BYTES)
+        assert any(row["text"].encode("latin-1") in text.encode() for text in TEXTS[row["label"]]), "the bytes stand in the text as they are"
+    assert rows == sequences.passages(TEXTS, 10, length=40) != sequences.passages(TEXTS, 10, length=40, seed=1)
+
+
+def test_pairs_are_of_one_document_where_the_label_says_so_and_never_overlap() -> None:
+    documents = [f"{i}" * 100 for i in range(5)]
+    rows = sequences.pairs(documents, 20, length=30)
+    assert Counter(row["label"] for row in rows) == {"same": 10, "different": 10}
+    assert all((row["text"][0] == row["second"][0]) == (row["label"] == "same") for row in rows)
+    (only,) = ["".join(chr(0x30 + i) for i in range(62))]
+    for row in sequences.pairs([only, only[::-1]], 20, length=30):
+        assert row["label"] == "different" or not set(row["text"]) & set(row["second"])
+
+
+def test_documents_that_are_too_short_are_refused() -> None:
+    with pytest.raises(DataError, match="more than the 40 bytes"):
+        sequences.passages({"a": ["short"], "b": ["short"]}, 2, length=40)
+    with pytest.raises(DataError, match="need two documents"):
+        sequences.pairs(["long " * 20], 2, length=10)
+
+
+def test_rows_become_a_task_like_any_other(tmp_path: Path) -> None:
+    rows = sequences.passages(TEXTS, 60, length=30)
+    task = pt.task(sequences.write(rows, tmp_path / "bytes.jsonl"), text="text", label="label")
+    assert task.kind.name == "classification" and set(task.labels) == {"a", "b"}
+    assert {row["text"] for row in task.train} <= {row["text"] for row in rows}, "no byte is lost on the way"
+    pictures = [{"text": sequences.pixels(np.full((4, 4), level, np.uint8)), "label": str(level > 30)} for level in range(60)]
+    assert pt.task(sequences.write(pictures, tmp_path / "pixels.jsonl"), text="text", label="label").labels == ("False", "True")
+
+
+@pytest.mark.parametrize(("vocabulary", "words", "text"), [(sequences.BYTES, False, sequences.as_bytes("é \n\0[")), (listops.VOCABULARY, True, "[MAX 2 [MIN 4 7 ] ]")])
+def test_a_symbol_is_a_token(vocabulary: tuple[str, ...], words: bool, text: str, tmp_path: Path) -> None:
+    made = sequences.tokenizer(vocabulary, longest=12, words=words)
+    made.save_pretrained(tmp_path)
+    for tokenizer in (made, type(made).from_pretrained(tmp_path)):
+        symbols = text.split() if words else list(text)
+        tokens = tokenizer(text)["input_ids"]
+        assert tokens == [2, *(4 + vocabulary.index(symbol) for symbol in symbols), 3]
+        assert tokenizer(text, text)["input_ids"] == [*tokens, *tokens[1:]]
+        assert len(tokenizer(text * 9, truncation=True)["input_ids"]) == 12
