@@ -30,7 +30,7 @@ class Trail:
     attached: tuple[Adapter, ...] = ()  # adapters on the model, frozen after their phase
     weights: str = "float"  # the format of the linear weights: "float", or what a transform left ("int8", "bf16")
     by: str = ""  # the spelling of the transform that left it
-    narrowed: tuple[str, ...] = ()  # the spellings of the transforms that kept a share of all neurons or heads
+    narrowed: tuple[str, ...] = ()  # the spellings of the transforms that kept a share of all neurons, heads or layers
     fixed: str = ""  # the spelling of a transform that left zeros, thin factors or shared layers, which no sum may undo
     shared: str = ""  # the spelling of a transform that left layers with one set of parameters, of which no layer can have codes of its own
     carries: bool = False  # do weights of that format pass gradients on to adapters, as a frozen base?

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
@@ -8,14 +9,17 @@ import pytest
 import tiny
 import torch
 import transformers
+import work
+from test_ffn import losses
 from transformers import AutoModelForSequenceClassification
 
 import paretune  # noqa: F401
-from paretune import surgery
+from paretune import anatomy, inference, phases, processors, surgery
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.transforms.keep_layers import KeepLayers
 from paretune.recipe import parse
+from paretune.roles import Examples
 
 COUNT = {"gpt2": ("n_layer",), "t5": ("num_layers", "num_decoder_layers"), "bart": ("encoder_layers", "decoder_layers")}
 LAYER = r"(?<=\.)(layer|h|layers|block)\.(\d+)\."
@@ -137,3 +141,83 @@ def test_a_real_encoder_loses_its_layers_parameters(tmp_path):
         assert torch.equal(transformers.AutoModel.from_pretrained(tmp_path)(**batch).last_hidden_state, hidden[3])
     d, f = 384, 1536
     assert model.num_parameters() == 22_713_216 - 3 * (4 * d * d + 2 * d * f + 4 * d + f + d + 4 * d)
+
+
+def scored(family, count=4):
+    model = build(family, count)
+    processors.put(model, work.processor(family))
+    return model, work.task(family)
+
+
+@contextlib.contextmanager
+def opened(layer, gate):
+    """Within the block the layer gives h + gate (f(h) − h)."""
+    def hook(_, args, named, out):
+        h, f = args[0] if args else named["hidden_states"], out[0] if isinstance(out, tuple) else out
+        f = h + gate * (f - h)
+        return (f, *out[1:]) if isinstance(out, tuple) else f
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    yield
+    handle.remove()
+
+
+def importance_by_differences(model, layer, task):
+    """E |∂L/∂ξ| of a gate on what the layer adds, by a central difference."""
+    step, found = 0.01, []
+    for gate in (1 + step, 1 - step):
+        with opened(layer, gate):
+            found.append(losses(model, task))
+    return float(((found[0] - found[1]) / (2 * step)).abs().mean())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "bart", "vit"])
+def test_the_least_important_layers_go(family, tmp_path):
+    model, task = scored(family)
+    lists = anatomy.layer_lists(model)
+    with torch.no_grad():  # the second and last layer do little
+        for layer in (model.get_submodule(found.path)[k] for found in lists for k in (1, 3)):
+            for parameter in layer.parameters():
+                parameter *= 0.9 if parameter.dim() == 1 else 0.3
+    method = KeepLayers(layers="taylor")
+    found = method.importance(model, lists, examples=Examples(task, processors.get(model)))
+    kept = {}
+    for path, scores in found.items():
+        wanted = [importance_by_differences(model, layer, task) for layer in model.get_submodule(path)]
+        assert scores.tolist() == pytest.approx(wanted, rel=0.02, abs=2e-5)
+        kept[path] = sorted(sorted(range(4), key=lambda k: -wanted[k])[:2])
+    by_number = copy.deepcopy(model)
+    for part in lists:
+        by_number = phases.shrink(by_number, KeepLayers(layers=tuple(kept[part.path]), stack=part.stack if len(lists) > 1 else "all"))
+    assert phases.shrink(model, method, task) is model
+    assert torch.equal(run(model, tiny.inputs(family)), run(by_number, tiny.inputs(family)))
+    phases.save_model(model, tmp_path)
+    assert phases.loads_with(tmp_path) == "transformers"
+    assert torch.equal(run(inference.open_model(tmp_path, task), tiny.inputs(family)), run(model, tiny.inputs(family)))
+
+
+@pytest.mark.parametrize("keep, left", [(0.5, 2), (0.75, 3), (1.0, 4), (3, 3), (9, 4), (0.01, 1)])
+def test_the_score_leaves_as_many_as_asked(keep, left):
+    model, task = scored("bert")
+    phases.shrink(model, KeepLayers(layers="taylor", keep=keep, samples=4), task)
+    assert len(model.bert.encoder.layer) == model.config.num_hidden_layers == left
+
+
+def test_the_score_goes_through_codes_and_adapters():
+    model, task = scored("bert")
+    phases.shrink(model, parse("nf4"), task)
+    surgery.attach(model, [LoRA(r=2)])
+    phases.shrink(model, KeepLayers(layers="taylor"), task)
+    assert len(model.bert.encoder.layer) == 2 and run(model, tiny.inputs("bert")).isfinite().all()
+
+
+def test_the_score_s_mistakes_are_named():
+    with pytest.raises(Incompatible, match="give the task"):
+        phases.shrink(build("bert", 4), KeepLayers(layers="taylor"))
+    with pytest.raises(RecipeError, match='give layers="taylor" with it'):
+        parse("keep_layers(keep=2)")
+    with pytest.raises(RecipeError, match="a share above 0"):
+        parse('keep_layers("taylor", keep=0)')
+    with pytest.raises(Incompatible, match=r'say how many stay, as in keep_layers\(layers="taylor", keep=2\)'):
+        parse('keep_layers("taylor") | full | keep_layers("taylor", keep=0.7)')
+    assert parse('full | keep_layers("taylor", keep=0.7) | full | keep_layers("taylor", keep=2) | keep_layers').check()

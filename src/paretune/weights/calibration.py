@@ -48,6 +48,28 @@ def at_inputs(model: nn.Module, paths: Sequence[str], *, change: Callable[[str, 
         model.train(was_training)
 
 
+@contextlib.contextmanager
+def at_outputs(model: nn.Module, paths: Sequence[str], *, change: Callable[[str, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Within the block these layers give `change(path, x, y)` in the place of their output y for the input x; the model is in evaluation mode."""
+
+    def hook(path: str) -> Callable[[nn.Module, tuple, dict[str, Any], Any], Any]:
+        def changed(_: nn.Module, args: tuple, named: dict[str, Any], out: Any) -> Any:
+            x = args[0] if args else named["hidden_states"]
+            return (change(path, x, out[0]), *out[1:]) if isinstance(out, tuple) else change(path, x, out)
+
+        return changed
+
+    was_training = model.training
+    handles = [model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in paths]
+    model.eval()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+
+
 @torch.no_grad()
 def second_moments(model: nn.Module, paths: Sequence[str], *, batches: Sequence[dict[str, Tensor]], kind: Any, diagonal: bool = False) -> dict[str, Tensor]:
     """E[x xᵀ] (I, I) of the inputs of each map over all tokens; with `diagonal` E[x_j²] (I) alone."""
@@ -83,9 +105,31 @@ def gate_gradients(model: nn.Module, paths: Sequence[str], *, batches: Sequence[
         for batch in batches:
             gates.clear()
             rows = len(next(iter(batch.values())))
-            with torch.enable_grad():
-                loss, _ = kind.loss(model(**kind.inputs(batch)), batch)
-                gradients = torch.autograd.grad(loss, list(gates.values()))
-            for path, gradient in zip(gates, gradients, strict=True):
-                found[path].append(gradient[:, 0].float())
+            for path, gradient in _by_gate(model, gates, batch, kind=kind).items():
+                found[path].append(gradient[:, 0])
     return {path: torch.cat(parts) for path, parts in found.items()}
+
+
+def layer_gradients(model: nn.Module, paths: Sequence[str], *, batches: Sequence[dict[str, Tensor]], kind: Any) -> dict[str, Tensor]:
+    """∂L(x)/∂ξ (examples) at ξ = 1 of each layer, which gives h + ξ (f(h) − h); equal to Σ_t (f(h) − h)_t · ∂L/∂f(h)_t."""
+    found: dict[str, list[Tensor]] = {path: [] for path in paths}
+    gates: dict[str, Tensor] = {}
+
+    def open_gate(path: str, x: Tensor, y: Tensor) -> Tensor:
+        gates[path] = torch.ones(len(x), 1, 1, dtype=y.dtype, device=y.device, requires_grad=True)
+        return y + (gates[path] - 1) * (y - x)
+
+    with at_outputs(model, paths, change=open_gate):
+        for batch in batches:
+            gates.clear()
+            for path, gradient in _by_gate(model, gates, batch, kind=kind).items():
+                found[path].append(gradient.flatten())
+    return {path: torch.cat(parts) for path, parts in found.items()}
+
+
+def _by_gate(model: nn.Module, gates: dict[str, Tensor], batch: dict[str, Tensor], *, kind: Any) -> dict[str, Tensor]:
+    """The gradient of a batch's loss in each gate, which the forward pass opens, in fp32."""
+    with torch.enable_grad():
+        loss, _ = kind.loss(model(**kind.inputs(batch)), batch)
+        gradients = torch.autograd.grad(loss, list(gates.values()))
+    return {path: gradient.float() for path, gradient in zip(gates, gradients, strict=True)}

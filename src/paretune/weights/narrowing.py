@@ -1,4 +1,4 @@
-"""Structured pruning: whole neurons or heads go, so that shapes shrink, and time with them.
+"""Structured pruning: whole neurons, heads or layers go, so that shapes shrink, and time with them.
 
     I_u = E_x |∂L(x)/∂ξ_u|        ξ_u = 1 multiplies the output of unit u
 
@@ -8,6 +8,7 @@ same number stays in every layer, those of the highest importance.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -28,28 +29,44 @@ class Narrowing(Transform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.keep, float) and not 0 < self.keep <= 1 or isinstance(self.keep, int) and self.keep < 1:
-            raise RecipeError(f"{self!r}: keep is a share above 0 and up to 1.0, as in 0.5, or a whole number from 1")
+        check_keep(self, self.keep)
 
     def follow(self, trail: Trail) -> Trail:
         require_floats(self, trail)
-        name = self.spelling()
-        if isinstance(self.keep, int):
-            return trail
-        if name in trail.narrowed:
-            raise Incompatible(f"{self!r}: an earlier {name} kept a share already, and a share of it is unclear; say how many stay, as in {name}(keep=2)")
-        return trail.replace(narrowed=(*trail.narrowed, name))
+        return follow_keep(self, trail, keep=self.keep)
 
     def number(self, width: int) -> int:
-        """How many of `width` units stay: at least one, and no more than there are."""
-        wanted = self.keep if isinstance(self.keep, int) else math.floor(round(self.keep * width, 6))
-        return min(max(1, wanted), width)
+        """How many of `width` units stay."""
+        return number(self.keep, width)
 
     def importance(self, model: nn.Module, paths: list[str], *, examples: Examples, units: dict[str, int] | None = None) -> dict[str, Tensor]:
         """I_u (units) at each path: its input features, or `units[path]` equal runs of them."""
         batches = calibration.unpadded(model, examples, count=self.samples)
         gradients = calibration.gate_gradients(model, paths, batches=batches, kind=examples.task.kind)
         return {path: _per_unit(g, units[path] if units else g.shape[1]).abs().mean(0) for path, g in gradients.items()}  # E_x |Σ ∂L/∂ξ_j|
+
+
+def check_keep(method: Transform, keep: int | float) -> None:
+    """Refuses a `keep` that is neither a share nor a number."""
+    if isinstance(keep, float) and not 0 < keep <= 1 or isinstance(keep, int) and keep < 1:
+        raise RecipeError(f"{method!r}: keep is a share above 0 and up to 1.0, as in 0.5, or a whole number from 1")
+
+
+def follow_keep(method: Transform, trail: Trail, *, keep: int | float) -> Trail:
+    """The state after a method that kept so many; a share of all is taken once."""
+    name = method.spelling()
+    if isinstance(keep, int):
+        return trail
+    if name in trail.narrowed:
+        few = dataclasses.replace(method, keep=2)  # type: ignore[type-var]
+        raise Incompatible(f"{method!r}: an earlier {name} kept a share already, and a share of it is unclear; say how many stay, as in {few!r}")
+    return trail.replace(narrowed=(*trail.narrowed, name))
+
+
+def number(keep: int | float, width: int) -> int:
+    """How many of `width` units stay: at least one, and no more than there are."""
+    wanted = keep if isinstance(keep, int) else math.floor(round(keep * width, 6))
+    return min(max(1, wanted), width)
 
 
 def _per_unit(gradients: Tensor, units: int) -> Tensor:
