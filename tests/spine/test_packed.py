@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import steps
 import tiny
 import torch
 import work
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from paretune import anatomy, phases, registry, surgery
@@ -130,35 +127,3 @@ def test_one_adapter_per_row_works_on_a_packed_base():
         together = steps.logits(model, "bert")
     torch.testing.assert_close(together, torch.stack([alone[1][0], alone[0][1], alone[1][2]]), rtol=1e-5, atol=1e-6)
     assert any(isinstance(m, PackedLinear) for m in model.modules())
-
-
-_OPENED = """
-import sys
-import torch, transformers
-from safetensors.torch import load_file, save_file
-import paretune
-
-torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()
-inputs, *folders = sys.argv[1:]
-for folder in folders:
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    with torch.inference_mode():
-        save_file({"logits": model(**load_file(inputs)).logits}, f"{folder}/answered.safetensors")
-"""
-
-
-def test_a_fresh_process_opens_every_format_and_answers_as_before(tmp_path):
-    inputs, before = tiny.inputs("bert"), {}
-    save_file(inputs, tmp_path / "inputs.safetensors")
-    for method in FORMATS:
-        model = phases.shrink(work.ready("bert"), method, work.task("bert"))
-        phases.save_model(model, tmp_path / method.spelling())
-        with torch.inference_mode():
-            before[method.spelling()] = model.eval()(**inputs).logits
-    folders = [str(tmp_path / name) for name in before]
-    done = subprocess.run([sys.executable, "-c", _OPENED, str(tmp_path / "inputs.safetensors"), *folders], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for name, logits in before.items():
-        found = load_file(tmp_path / name / "answered.safetensors")["logits"]
-        torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")

@@ -38,7 +38,7 @@ class KeepLayers(Transform):
         lowers="E",
         why="Time and size fall with the number of layers; accuracy falls, too, and a phase of training after it brings much of that back.",
         note="Which layers count is the model's: the paper finds dropping the top ones best in most tasks, DistilBERT takes every second. "
-        "With layers=\"taylor\" they are those that the trained task's loss depends on most, stack by stack: put it behind a training phase.",
+        'With layers="taylor" they are those that the trained task\'s loss depends on most, stack by stack: put it behind a training phase.',
     )
 
     layers: str | tuple[int, ...] = knob("even", 'their numbers from 0, as in "0,2,4", "even" for every second one, or "taylor" for the most important')
