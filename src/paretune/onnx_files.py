@@ -2,8 +2,12 @@
 
     drift = ‖z_onnx − z‖ / ‖z‖   over the logits z of the run's own test rows
 
-An int8 run keeps its embedding's codes; its linear maps are quantized by onnxruntime from the weights that their codes stand for, so that
-the codes stay, while activations get one scale per call, not one per token.
+An int8 run keeps its codes and scales q, s_o, those that `qat` learned included. Inputs of its maps become uint8 codes u:
+
+    dynamic: by the range at each call, of all tokens together    y = Cast(MatMulInteger(u, q)) · s · s_o
+    static:  by the range that training examples gave             y = MatMul(Dequantize(u), Dequantize(q)), which runtimes multiply as integers
+
+A run in 16 bits becomes a graph in fp32 with the same weights, and is compared with its model in fp32.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import types
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -28,7 +32,11 @@ from paretune import backbones, seams, store, surgery, tasks, training
 from paretune.errors import Incompatible, StoreError, one_of
 from paretune.tasks import Task
 from paretune.weights import packed
+from paretune.weights.numerics import TINY
 from paretune.weights.packed import PackedLinear
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 GRAPH = "model.onnx"
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -46,6 +54,7 @@ class Parity:
     drift: float
     score: float
     model_score: float
+    notes: tuple[str, ...] = ()  # how the graph's numbers differ from the run's
 
     def check(self, name: str) -> None:
         """Refuses an export that answers otherwise than its model.
@@ -78,21 +87,41 @@ def write(model: nn.Module, task: Task, *, folder: Path, name: str) -> Parity:
     rows, processor, longest = task.test, surgery.state(model).processor, training.max_length(model)
     if longest and hasattr(processor, "model_max_length"):
         processor.model_max_length = longest  # virtual tokens leave less room, and the graph does not say so
-    answers = [training.read(model, task, rows=rows, answers=_logits), training.predict(model, task, rows=rows)]
     maps = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+    notes = _notes(model, maps)
+    model.float()  # packed codes keep their formats, and answers are fp32
+    answers = [training.read(model, task, rows=rows, answers=_logits), training.predict(model, task, rows=rows)]
     for path, module in maps.items():
         surgery.replace(model, path, new=module.unpacked())
-    graph = folder / ("float.onnx" if form == "int8" else GRAPH)
-    _trace(model.float(), task, graph, name=name)
-    if form == "int8":
-        _quantize(graph, folder / GRAPH, paths=list(maps), large=_large(model))
-        for part in folder.glob("float.onnx*"):
-            part.unlink()
+    with _hushed():
+        made = _trace(model, task, name=name)
+        _quantize(made.model, maps)
+        _save(made, folder / GRAPH, large=_large(model))
     runner = Runner(folder, processor, model.config)
     again = [training.read(runner, task, rows=rows, answers=_logits), training.predict(runner, task, rows=rows)]
-    parity = Parity(form, len(rows), _drift(answers[0], again[0]), *(tasks.score(task, found[1], rows=rows) for found in (again, answers)))
+    scores = [tasks.score(task, found[1], rows=rows) for found in (again, answers)]
+    parity = Parity(form, len(rows), _drift(answers[0], again[0]), *scores, notes)
     parity.check(name)
     return parity
+
+
+def _notes(model: nn.Module, maps: Mapping[str, PackedLinear]) -> tuple[str, ...]:
+    """What is otherwise in a graph than in the run, in sentences."""
+    notes = []
+    narrow = sorted({str(t.dtype).removeprefix("torch.") for t in model.parameters() if t.dtype in (torch.bfloat16, torch.float16)})
+    if narrow:
+        notes.append(f"the run computes in {one_of(narrow)}; the graph has the same weights in fp32, and so has the model beside it")
+    if any(_span(module) is None for module in maps.values()):
+        notes.append("inputs of int8 maps get one range at each call, where the run takes one for each token")
+    if any(_span(module) is not None for module in maps.values()):
+        notes.append("inputs of int8 maps get the run's own ranges, which training examples gave")
+    return tuple(notes)
+
+
+def _span(module: PackedLinear) -> tuple[float, float] | None:
+    """The fixed range of a map's inputs; None where each call finds its own."""
+    low, high = module.range.tolist() if hasattr(module, "range") else (0.0, 0.0)
+    return (low, high) if high > low else None
 
 
 def _form(model: nn.Module, task: Task, *, name: str) -> str:
@@ -114,9 +143,9 @@ def _form(model: nn.Module, task: Task, *, name: str) -> str:
 
 
 def _require_room(model: nn.Module, folder: Path) -> None:
-    """Disk for the float graph and what is made of it; memory for the weights in torch, twice while tracing, and in onnxruntime."""
+    """Disk for the graph, as if it were float; memory for the weights in torch, twice while tracing, and in onnxruntime."""
     weights = 4e-6 * sum(p.numel() for p in (*model.parameters(), *model.buffers()))  # packed codes are one each
-    store.require_space(folder, 2.2 * weights)
+    store.require_space(folder, 1.1 * weights)
     free = psutil.virtual_memory().available / 1e6
     if free < 4 * weights:
         raise StoreError(f"{folder}: about {4 * weights:,.0f} MB of memory are needed to make the graph and {free:,.0f} MB are free; close other programs")
@@ -148,21 +177,25 @@ class _Answers(nn.Module):
         return self.model(**dict(zip(self.names, tensors, strict=True))).logits
 
 
-def _trace(model: nn.Module, task: Task, path: Path, *, name: str) -> None:
+def _trace(model: nn.Module, task: Task, *, name: str) -> Any:
+    """The model as torch's ONNX program."""
     encodings = training.encode(task, [*task.test[:2], *task.test[:1]], model=model)  # two or more: torch takes 1 for a constant
     batch = task.kind.inputs(task.kind.collate(encodings, surgery.state(model).processor))
     free = {n: {axis: torch.export.Dim.DYNAMIC for axis in range(t.dim()) if _varies(n, axis)} for n, t in batch.items()}
     shapes = (tuple(free.values()),)  # of *tensors
     try:
-        with _hushed(), torch.no_grad():
-            made = torch.onnx.export(
+        with torch.no_grad():
+            return torch.onnx.export(
                 _Answers(model, list(batch)).eval(), tuple(batch.values()), dynamo=True, dynamic_shapes=shapes, input_names=list(batch),
                 output_names=["logits"], verbose=False,
             )  # fmt: skip
-            made.save(path, external_data=_large(model))
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise Incompatible(f"{name}: torch cannot write this model as a graph ({reason}); put merge behind its adapters, or export with --to hf") from None
+
+
+def _save(made: Any, path: Path, *, large: bool) -> None:
+    made.save(path, external_data=large)
 
 
 def _varies(name: str, axis: int) -> bool:
@@ -174,26 +207,47 @@ def _large(model: nn.Module) -> bool:
     return sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers())) > 1.8e9
 
 
-def _quantize(source: Path, target: Path, *, paths: list[str], large: bool) -> None:
-    """The weights of these maps in int8, a scale per output; their inputs in uint8, by the range at each call."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def _quantize(graph: ir.Model, maps: Mapping[str, PackedLinear]) -> None:
+    """Puts the codes and scales of these maps in the place of the float weights that the graph multiplies with."""
+    from onnx_ir.convenience import replace_nodes_and_values
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+    from onnx_ir.tape import Tape
 
-    made = onnx.load(source)
-    made.graph.ClearField("value_info")  # onnx infers the shapes anew, and stops at some that torch wrote
-    scopes = {node.name: {p.value for p in node.metadata_props if p.key == SCOPES} for node in made.graph.node if node.op_type == "MatMul"}
-    chosen = [name for name, found in scopes.items() if any(f"'model.{path}'" in scope for scope in found for path in paths)]
-    assert len(chosen) >= len(paths), "every packed map is a product in the graph"
-    with _hushed():
-        quantize_dynamic(
-            made, target, op_types_to_quantize=["MatMul"], nodes_to_quantize=chosen, per_channel=True, weight_type=QuantType.QInt8,
-            use_external_data_format=large,
-        )  # fmt: skip
+    for node in list(graph.graph):
+        module = next((maps[path] for path in maps if f"'model.{path}'" in node.metadata_props.get(SCOPES, "")), None)
+        if module is None or node.op_type not in ("MatMul", "Gemm"):
+            continue
+        tape = Tape(graph.graph)
+        y = _product(tape, node.inputs[0], module, name=node.name or "")
+        if node.op_type == "Gemm":  # a product of matrices, with its bias
+            y = tape.op("Add", [y, node.inputs[2]]) if len(node.inputs) > 2 else y
+        replace_nodes_and_values(graph.graph, node, [node], tape.nodes, node.outputs, [y])
+    RemoveUnusedNodesPass()(graph)
+
+
+def _product(tape: Any, x: ir.Value, module: PackedLinear, *, name: str) -> ir.Value:
+    """x (..., I) times the codes of a map: y (..., O) without the bias, in the operators that onnxruntime fuses into one integer product."""
+    import onnx_ir as ir
+
+    def constant(what: str, value: np.ndarray) -> ir.Value:
+        return tape.initializer(ir.tensor(value, name=f"{name}.{what}"))
+
+    codes = constant("codes", np.ascontiguousarray(module.weight.view(module.shape).numpy().T))  # (I, O)
+    scales, zeros = constant("scales", module.scales.float().numpy()), constant("zeros", np.zeros(module.out_features, np.int8))
+    span = _span(module)
+    if span is None:
+        u, scale, zero = tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
+        sums = tape.op("Cast", [tape.op("MatMulInteger", [u, codes, zero, zeros])], {"to": ir.DataType.FLOAT})
+        return tape.op("Mul", [sums, tape.op("Mul", [scale, scales])])
+    step = max((span[1] - span[0]) / 255, TINY)
+    grid = [constant("step", np.float32(step)), constant("zero", np.uint8(round(-span[0] / step)))]
+    floats = tape.op("DequantizeLinear", [tape.op("QuantizeLinear", [x, *grid]), *grid])
+    return tape.op("MatMul", [floats, tape.op("DequantizeLinear", [codes, scales, zeros], {"axis": 1})])
 
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Without the exporter's and the quantizer's remarks on their own insides."""
+    """Without the exporter's remarks on its own insides."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

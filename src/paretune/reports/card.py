@@ -103,7 +103,8 @@ def _costs(record: Record) -> list[str]:
 def _export(parity: Record) -> list[str]:
     """How near the exported graph answers to the model that was scored and measured."""
     return [f"A {parity['form']} ONNX graph. On {parity['rows']} test rows it scores {parity['score']:.4f} where the model it was made from scores "
-            f"{parity['model_score']:.4f}, and its logits are off by a share of {parity['drift']:.2g}. The scores above are that model's."]  # fmt: skip
+            f"{parity['model_score']:.4f}, and its logits are off by a share of {parity['drift']:.2g}. The scores above are that model's.",
+            *(f"- {note}" for note in parity.get("notes", ()))]  # fmt: skip
 
 
 def _meter(cost: Cost) -> str:
