@@ -79,12 +79,12 @@ def point(asked: dict[str, Any]) -> dict[str, float]:
     return {"score": statistics.median(taken[1:]), "added_mb": peak.reading.value - peak.before_mb, "learning": sum(p.numel() for p in learning)}
 
 
-def exponent(line: list[tuple[int, float]]) -> float | None:
-    """b of y = a n^b by least squares of the logarithms, over the upper half of the points."""
-    upper = line[len(line) // 2 :]
-    if len(upper) < 2 or min(y for _, y in upper) <= 0:
+def exponent(line: list[tuple[int, float]], *, whole: bool = False) -> float | None:
+    """b of y = a n^b by least squares of the logarithms, over the upper half of the points, or over all of them."""
+    fitted = line if whole else line[len(line) // 2 :]
+    if len(fitted) < 2 or min(y for _, y in fitted) <= 0:
         return None
-    return statistics.linear_regression(*zip(*((math.log(n), math.log(y)) for n, y in upper), strict=True)).slope
+    return statistics.linear_regression(*zip(*((math.log(n), math.log(y)) for n, y in fitted), strict=True)).slope
 
 
 def page(table: Table) -> str:

@@ -1,141 +1,39 @@
 """The Long Range Arena on two cores: every attention transform in one small encoder, trained from nothing on six tasks.
 
     python -m benchmarks.long_range [--hours 2] [--only listops]
+    python -m benchmarks.long_range --full --only "linformer listops 0"     the paper's sizes: days on two cores, hours on a GPU
 
-ListOps and Pathfinder are made here; passages of books as bytes, pairs of passages and gray pictures come from the folder of data sets
-(`benchmarks/data.py`). Tay et al. 2020, arXiv:2011.04006, whose models are larger and see a hundred times as many examples. Speed and
-memory are of one training step at lengths 1,024 to 4,096, batch 1, each method in turn with full attention as its own control.
+The tasks, the encoder and the full sizes are in `benchmarks/arena.py`. The encoder has as many positions as the task's longest input,
+so that what is spread over positions is spread over tokens. Speed and memory are of one training step at lengths 1,024 to 4,096, batch 1,
+each method in turn with full attention as its own control.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
-import io
-import json
-import random
+import itertools
 import statistics
-import tempfile
+import sys
 import time
-import zipfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import paretune as pt
-from benchmarks import cells, data
+from benchmarks import arena, cells, data, growth
+from benchmarks.arena import ARENA, SMALL
 from benchmarks.cells import Cell, Table
-from paretune.tasks import Task, listops, pathfinder
 
 METHODS = {
     "full attention": "", "blockwise": "blockwise(blocks=4)", "longformer": "longformer(window=64)", "reformer": "reformer(bucket_size=64)",
     "linformer": "linformer(k=64)", "perceiver": "perceiver(latents=64)", "based": "based(window=64)",
 }  # fmt: skip
+PUBLISHED = {"full attention": "Transformer", "longformer": "Longformer", "reformer": "Reformer", "linformer": "Linformer"}  # their names in the paper's table
 CONTROL, ROUNDS = "full attention", 5
 SEEDS, LENGTHS = (0, 1, 2), (1024, 2048, 3072, 4096)
-HIDDEN, LAYERS, HEADS, LONGEST = 128, 2, 4, 4096
-LR, BATCH, TRAIN, TEST = 1e-3, 16, 1500, 400
-BYTES = tuple(map(chr, range(256)))
-PASSAGE = 1000  # bytes of a book that are read; of each of the two in a pair half as many
-
-
-@dataclasses.dataclass(frozen=True)
-class Arena:
-    """A task, and what its tokens are."""
-
-    task: Callable[[], Task]
-    vocabulary: tuple[str, ...]
-    words: bool = False  # are tokens set apart by spaces, or is each character one?
-    epochs: float = 2.0
-    train: int = TRAIN
-    published: str = ""  # the column of the paper's table
-
-
-def passages(pairs: bool = False) -> Task:
-    """Is it Conan Doyle? Passages of his books and of others'; or, for pairs, are both of one book? No book stands on two sides."""
-    rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
-    for split, many in (("train", 1000), ("test", 300)):
-        books = {name: _books(name, split) for name in ("books_doyle", "books_en")}
-        drawn = random.Random(0)
-        for i in range(2 * many):
-            rows[split].append(_pair(drawn, books["books_en"], same=i % 2 == 0) if pairs else _passage(drawn, books, doyle=i % 2 == 0))
-    with tempfile.TemporaryDirectory() as folder:
-        for split, found in rows.items():
-            (Path(folder) / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-        return pt.task(Path(folder) / "train.jsonl", text="text,second" if pairs else "text", label="label", test=Path(folder) / "test.jsonl")
-
-
-def _books(name: str, split: str) -> list[str]:
-    with gzip.open(data.FOLDER / name / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line)["text"].encode().decode("latin-1") for line in file]  # one character per byte
-
-
-def _cut(drawn: random.Random, book: str, length: int) -> str:
-    start = drawn.randrange(len(book) - length)
-    return book[start : start + length]
-
-
-def _passage(drawn: random.Random, books: dict[str, list[str]], *, doyle: bool) -> dict[str, str]:
-    return {"text": _cut(drawn, drawn.choice(books["books_doyle" if doyle else "books_en"]), PASSAGE), "label": "Doyle" if doyle else "another"}
-
-
-def _pair(drawn: random.Random, books: list[str], *, same: bool) -> dict[str, str]:
-    first, other = drawn.sample(books, 2)
-    return {"text": _cut(drawn, first, PASSAGE // 2), "second": _cut(drawn, first if same else other, PASSAGE // 2), "label": "one book" if same else "two books"}
-
-
-def pictures() -> Task:
-    """CIFAR-10 in gray, pixel by pixel."""
-    from PIL import Image
-
-    with tempfile.TemporaryDirectory() as folder:
-        for split in ("train", "test"):
-            with zipfile.ZipFile(data.FOLDER / "cifar10_subset" / f"{split}.zip") as packed, open(Path(folder) / f"{split}.jsonl", "w") as file:
-                for name in packed.namelist():
-                    if name.endswith(".jpg"):
-                        gray = Image.open(io.BytesIO(packed.read(name))).convert("L").tobytes()
-                        file.write(json.dumps({"text": "".join(pathfinder.GRAY[level] for level in gray), "label": name.split("/")[-2]}) + "\n")
-        return pt.task(Path(folder) / "train.jsonl", text="text", label="label", test=Path(folder) / "test.jsonl")
-
-
-ARENA = {
-    "listops, 20 to 100": Arena(lambda: pt.task("listops-short"), listops.VOCABULARY, words=True, epochs=4, train=5000),
-    "listops, 500 to 2000": Arena(lambda: pt.task("listops"), listops.VOCABULARY, words=True, epochs=1, train=1000, published="ListOps"),
-    "passages": Arena(passages, BYTES, published="Text"),
-    "pairs": Arena(lambda: passages(pairs=True), BYTES, published="Retrieval"),
-    "pictures": Arena(pictures, pathfinder.GRAY, published="Image"),
-    "pathfinder": Arena(lambda: pt.task("pathfinder-32"), pathfinder.GRAY, published="Path"),
-}
-PUBLISHED = {  # Long Range Arena's README of November 2020, in the order of ARENA's `published`
-    "full attention": ("36.37", "64.27", "57.46", "42.44", "71.40"), "longformer": ("35.63", "62.85", "56.89", "42.22", "69.71"),
-    "reformer": ("37.27", "56.10", "53.40", "38.07", "68.50"), "linformer": ("35.70", "53.94", "52.27", "38.56", "76.34"),
-}  # fmt: skip
-
-
-@functools.cache
-def encoder(vocabulary: tuple[str, ...], words: bool) -> tempfile.TemporaryDirectory[str]:
-    """A folder with the untrained encoder and its tokenizer, the same for all methods."""
-    import torch
-    import transformers
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-
-    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate((*special, *vocabulary))}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if words else pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    config = transformers.BertConfig(
-        vocab_size=len(special) + len(vocabulary), hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        intermediate_size=2 * HIDDEN, max_position_embeddings=LONGEST, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    folder = tempfile.TemporaryDirectory()
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(folder.name)
-    named = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=LONGEST, **named).save_pretrained(folder.name)
-    return folder
+LR, BATCH, VALIDATION, TEST = 1e-3, 16, 200, 400
+LIMIT_S = 300.0  # of a run
+PICTURE = cells.ROOT / "docs" / "long_range.png"
 
 
 def every_cell() -> Iterator[Cell]:
@@ -146,30 +44,55 @@ def every_cell() -> Iterator[Cell]:
     for seed in SEEDS:
         for name in ARENA:
             for method in METHODS:
-                yield Cell(f"{method} {name} {seed}", functools.partial(one, method, name, seed))
+                yield Cell(f"{method} {name} {seed}", functools.partial(cells.fresh, one, method, name, seed))
+
+
+def every_full_cell() -> Iterator[Cell]:
+    """The paper's sizes, every method with its own defaults."""
+    for seed, name, method in itertools.product(SEEDS, arena.LARGE, METHODS):
+        yield Cell(_full_name(method, name, seed), functools.partial(cells.fresh, one_full, method, name, seed))
+
+
+def _full_name(method: str, name: str, seed: int) -> str:
+    return f"full size, {method} {name} {seed}"
 
 
 def one(method: str, name: str, seed: int) -> dict[str, Any]:
     """One method trained on one task."""
-    arena = ARENA[name]
-    cut = arena.task().subset(arena.train, seed=seed)
-    task = dataclasses.replace(cut, validation=data.few(cut.validation, 200), test=data.few(cut.test, TEST))
-    recipe = f"{METHODS[method]} | full + schedule(lr={LR}, batch={BATCH}, epochs={arena.epochs}, warmup=0.1)".removeprefix(" | ")
-    return data.one_run(recipe, task, seed=seed, backbone=encoder(arena.vocabulary, arena.words).name)
+    here = ARENA[name]
+    task = here.task().subset(here.train, seed=seed)
+    recipe = f"{METHODS[method]} | full + schedule(lr={LR}, batch={BATCH}, epochs={here.epochs}, warmup=0.1, dtype='fp32')".removeprefix(" | ")
+    return _trained(recipe, task, seed=seed, backbone=arena.encoder(here))
+
+
+def one_full(method: str, name: str, seed: int) -> dict[str, Any]:
+    """One method trained in the paper's size."""
+    large = arena.full(name)
+    task = arena.LARGE[name](large.rows)
+    recipe = large.trained("" if method == CONTROL else method, rows=len(task.train))
+    return _trained(str(recipe), task, seed=seed, backbone=arena.encoder(ARENA[large.task], **large.encoder))
+
+
+def _trained(recipe: str, task: Any, *, seed: int, backbone: str) -> dict[str, Any]:
+    """The figures of a run; steps per second are of training alone, `run_s` of the phases together."""
+    few = dataclasses.replace(task, validation=data.few(task.validation, VALIDATION), test=data.few(task.test, TEST))
+    found = data.one_run(recipe, few, seed=seed, backbone=backbone)
+    steps = sum(phase.get("steps", 0) for phase in found["phases"])
+    return found | {"steps": steps, "steps_per_s": steps / found["train_s"], "cpu_s_per_step": found["train_cpu_s"] / steps}
 
 
 def ready(method: str, length: int) -> Callable[[], None]:
-    """One training step of the encoder with this attention on random tokens, batch 1, all of it learning."""
+    """One training step of an encoder of that many positions with this attention on random tokens, batch 1, all of it learning."""
     import torch
 
-    arena = ARENA["pathfinder"]
+    here = dataclasses.replace(ARENA["pathfinder"], longest=length)
     torch.manual_seed(0)
-    model = pt.load(encoder(arena.vocabulary, arena.words).name)
+    model = pt.load(arena.encoder(here))
     if METHODS[method]:
         ((transform,),) = pt.parse(METHODS[method]).phases
         pt.shrink(model, transform)
     model.train().requires_grad_(True)
-    tokens = torch.randint(4, 4 + len(arena.vocabulary), (1, length))
+    tokens = torch.randint(4, 4 + len(here.vocabulary), (1, length))
 
     def work() -> None:
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state.square().mean().backward()
@@ -178,13 +101,8 @@ def ready(method: str, length: int) -> Callable[[], None]:
     return work
 
 
-def whole(method: str, length: int) -> None:
-    """The model made and the step taken, for a process whose memory is read."""
-    ready(method, length)()
-
-
 def step(method: str, length: int) -> dict[str, Any]:
-    """CPU seconds of a step, in turn with full attention's; peak memory of each in a process of its own."""
+    """CPU seconds of a step, in turn with full attention's; the memory that a step of each adds to a process of its own that has the model."""
     from paretune.meters import memory, system
 
     steps = {name: ready(name, length) for name in (method, CONTROL)}
@@ -194,7 +112,7 @@ def step(method: str, length: int) -> dict[str, Any]:
         for name, work in steps.items():
             taken[name].append(_cpu_s(work))
         again.append(_cpu_s(steps[CONTROL]))
-    peaks = {name: memory.child_peak("benchmarks.long_range:whole", [name, length]).over_mb.value for name in steps}
+    peaks = {name: memory.child_peak("benchmarks.long_range:ready", [name, length]).over_mb.value for name in steps}
     cpu_s, full_s = statistics.median(taken[method]), statistics.median(taken[CONTROL])
     return {"method": method, "length": length, "score": full_s / cpu_s, "step_cpu_s": cpu_s, "full_step_cpu_s": full_s, "full_again_cpu_s": statistics.median(again),
             "peak_mb": peaks[method], "full_peak_mb": peaks[CONTROL], "environment": system.describe()}  # fmt: skip
@@ -206,52 +124,188 @@ def _cpu_s(work: Callable[[], None]) -> float:
     return time.process_time() - begun
 
 
-def page(table: Table) -> str:
-    """docs/long_range.md, from the files."""
-    scores = [[f"`{METHODS[m]}`" if METHODS[m] else m, *(cells.mean_range([table.found(f"{m} {a} {s}") for s in SEEDS]) for a in ARENA)] for m in METHODS]
-    published = [[m, *PUBLISHED.get(m, ("not in it",) * 5)] for m in METHODS]
-    found = {(m, n): table.found(f"{m} step {n}") for m in METHODS for n in LENGTHS}
+# --- what the files say -----------------------------------------------------------------------------------------------------------
 
-    def row(method: str, show: Callable[[dict[str, Any]], str]) -> list[str]:
-        return [method, *(show(f) if (f := found[method, n]) else cells.NOT_RUN for n in LENGTHS)]
+
+def exponents(table: Table) -> dict[str, tuple[float, float]]:
+    """Of each method whose steps were measured at all lengths: b of CPU time and of memory ~ n^b."""
+    found = {}
+    for method in METHODS:
+        steps = [(n, f) for n in LENGTHS if (f := table.found(f"{method} step {n}"))]
+        fitted = [growth.exponent([(n, f[field]) for n, f in steps], whole=True) for field in ("step_cpu_s", "peak_mb")]
+        if len(steps) == len(LENGTHS) and None not in fitted:
+            found[method] = tuple(fitted)
+    return found
+
+
+def sentence(method: str, table: Table) -> str | None:
+    """What a method's card says of its measured complexity; None where it was not measured."""
+    found = exponents(table)
+    if not {method, CONTROL} <= set(found):
+        return None
+    return f"From {LENGTHS[0]:,} to {LENGTHS[-1]:,} tokens a training step's CPU time grew as n^{found[method][0]:.1f}, full attention's as n^{found[CONTROL][0]:.1f}"
+
+
+def pays_from(method: str, table: Table) -> str:
+    """The first length from which on a step of the method takes less CPU time than full attention's, of those measured."""
+    steps = [(n, table.found(f"{method} step {n}")) for n in LENGTHS]
+    if any(f is None for _, f in steps):
+        return cells.NOT_RUN
+    slower = [n for n, f in steps if f["score"] <= 1]
+    return f"{min(n for n, _ in steps if n > max(slower, default=0)):,}" if max(slower, default=0) < LENGTHS[-1] else f"not up to {LENGTHS[-1]:,}"
+
+
+def of_seeds(table: Table, method: str, name: str) -> list[dict[str, Any] | None]:
+    """The runs of a method on a task, or None where one was not made."""
+    return [table.found(f"{method} {name} {seed}") for seed in SEEDS]
+
+
+def figure(table: Table) -> bool:
+    """docs/long_range.png: accuracy against CPU seconds of a step, a panel for each task; False, and no picture, where no run was made."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from paretune.pareto import dominance
+
+    drawn = Figure(figsize=(12, 7.5), layout="constrained")
+    for panel, name in zip(drawn.subplots(2, 3).flat, ARENA, strict=True):
+        runs = {m: [f for f in of_seeds(table, m, name) if f] for m in METHODS}
+        points = {m: (statistics.mean(f["cpu_s_per_step"] for f in found), 100 * statistics.mean(f["score"] for f in found)) for m, found in runs.items() if found}
+        panel.set(title=name, xlabel=f"CPU seconds of a step of {BATCH} examples", ylabel="accuracy, percent")
+        for method, (x, y) in points.items():
+            scores, color = [100 * f["score"] for f in runs[method]], f"C{list(METHODS).index(method)}"
+            panel.errorbar(x, y, yerr=[[y - min(scores)], [max(scores) - y]], fmt="o", color=color, capsize=3, label=method)
+        if points:
+            at = np.array(list(points.values()))
+            best = sorted(map(tuple, at[dominance.non_dominated(at * [1, -1])]))
+            panel.step(*zip(*best, strict=True), where="post", color="0.6", linewidth=1, zorder=0, label="frontier")
+            panel.set_xlim(0, 1.1 * at[:, 0].max())
+    shown = {label: handle for panel in drawn.axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(METHODS) + 1, frameon=False)
+    if not any(f for m in METHODS for name in ARENA for f in of_seeds(table, m, name)):
+        return False
+    drawn.savefig(PICTURE, dpi=100)
+    return True
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------------------
+
+
+def of_task(table: Table, name: str) -> str:
+    """The table of one task: accuracy, speed, memory and time here, beside what the paper has."""
+    theirs = {row["model"]: row for row in arena.published()}
+    head = ["attention", "accuracy, %", "steps/s", "peak memory, MB", "a run, s", *(f"step at {n:,}, CPU s" for n in LENGTHS), "published accuracy, %"]
+    rows = []
+    for method, spelled in METHODS.items():
+        found = of_seeds(table, method, name)
+        steps = ([table.found(f"{method} step {n}")] for n in LENGTHS)
+        model, column = PUBLISHED.get(method), ARENA[name].published
+        known = theirs[model][column] if model and column else "-"
+        rows.append([f"`{spelled}`" if spelled else method, cells.mean_interval(found), cells.mean(found, "steps_per_s", digits=2), cells.mean(found, "train_peak_mb"),
+                     cells.mean(found, "wall_s"), *(cells.mean(f, "step_cpu_s", digits=2) for f in steps), known])  # fmt: skip
+    here, filled = ARENA[name], cells.markdown(head, rows)
+    return f"## {name.capitalize()}\n\nAt most {here.longest:,} tokens; {here.train:,} training examples at most, seen {here.epochs:g} times.\n\n{filled}"
+
+
+def run_times(table: Table) -> str:
+    """A sentence about the five minutes."""
+    runs = {f["cell"]: f["wall_s"] for m in METHODS for name in ARENA for f in of_seeds(table, m, name) if f}
+    over = [f"{cell} ({wall_s:,.0f} s)" for cell, wall_s in runs.items() if wall_s > LIMIT_S]
+    if not runs:
+        return f"A run shall take at most {LIMIT_S:.0f} s; none was made yet."
+    kept = f"Longer than the {LIMIT_S:.0f} s that a run may take: {', '.join(over)}." if over else f"All are within the {LIMIT_S:.0f} s that a run may take."
+    return f"Of {len(runs)} runs, made with their data, scored on validation and test, the longest took {max(runs.values()):,.0f} s. {kept}"
+
+
+def step_tables(table: Table) -> str:
+    """What a step takes by length, and how that grows."""
+    found = {(m, n): table.found(f"{m} step {n}") for m in METHODS for n in LENGTHS}
+    fitted, lengths = exponents(table), [f"{n:,} tokens" for n in LENGTHS]
+
+    def grid(show: Callable[[dict[str, Any]], str], *further: tuple[str, Callable[[str], str]]) -> str:
+        rows = [[m, *(show(f) if (f := found[m, n]) else cells.NOT_RUN for n in LENGTHS), *(get(m) for _, get in further)] for m in METHODS]
+        return cells.markdown(["attention", *lengths, *(title for title, _ in further)], rows)
+
+    def power(i: int) -> tuple[str, Callable[[str], str]]:
+        return "exponent of n", lambda m: f"{fitted[m][i]:.2f}" if m in fitted else cells.NOT_RUN
 
     controls = [f["full_again_cpu_s"] / f["full_step_cpu_s"] for f in found.values() if f]
     spread = f"{min(controls):.2f} to {max(controls):.2f}" if controls else cells.NOT_RUN
-    lengths = [f"{n:,} tokens" for n in LENGTHS]
+    return f"""Forward and backward, batch 1, fp32, an encoder of as many positions. How many times less CPU time than full attention, in turn in one
+process, medians of {ROUNDS} (full attention against itself: {spread}), and the first of these lengths from which on it is less:
+
+{grid(lambda f: f"{f['score']:.2f}x", ("pays from", lambda m: "-" if m == CONTROL else pays_from(m, table)))}
+
+CPU seconds, with the exponent b of n^b by least squares of the logarithms. All else in a layer grows with n, so that it is 1 for what is linear and below 2 for
+full attention:
+
+{grid(lambda f: f"{f['step_cpu_s']:.2f}", power(0))}
+
+Peak memory that a step adds to a process with the model, MB:
+
+{grid(lambda f: f"{f['peak_mb']:,.0f}", power(1))}"""
+
+
+def of_full_size(table: Table) -> str:
+    """What the full configurations are, and what was run of them."""
+    rows = []
+    for name in arena.LARGE:
+        large, shape = arena.full(name), arena.full(name).encoder
+        made = [f for m in METHODS for s in SEEDS if (f := table.found(_full_name(m, name, s)))]
+        size = "/".join(str(shape[k]) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"))
+        rows.append([f"`benchmarks/lra/{name}.json`", f"{shape['max_position_embeddings']:,}", size, f"`{large.recipe}`", f"{large.steps:,}",
+                     ", ".join(f"{f['cell'].removeprefix('full size, ')}: {100 * f['score']:.1f}" for f in made) or cells.NOT_RUN])  # fmt: skip
+    differ = "\n".join(f"- {name}: {arena.full(name).differs}" for name in arena.LARGE)
+    return f"""{cells.markdown(["file", "tokens", "width/heads/layers/feed-forward", "recipe", "steps", "accuracy here, %"], rows)}
+
+Where they are not the paper's own:
+
+{differ}"""
+
+
+def page(table: Table) -> str:
+    """docs/long_range.md, from the files."""
+    tasks = "\n\n".join(of_task(table, name) for name in ARENA)
+    picture = f"\n![Accuracy against CPU seconds of a step; bars from the lowest to the highest seed]({PICTURE.name})\n" if figure(table) else ""
+    paper = [list(row.values()) for row in arena.published()]
     return f"""# The Long Range Arena on two cores
 
-One encoder of {LAYERS} layers, width {HIDDEN} and {HEADS} heads, trained from nothing; all methods with the same rate ({LR}), batches of {BATCH} and
-epochs ({", ".join(f"{name}: {a.epochs:g} over at most {a.train:,}" for name, a in ARENA.items())}). Accuracy in percent on {TEST} test
-examples, the mean over {len(SEEDS)} seeds with the lowest and the highest. Chance is 50 for passages, pairs and pathfinder and 10 for pictures; of ListOps'
-values the most frequent has about 16.
-
-{cells.markdown(["attention", *ARENA], scores)}
-
-As published (Tay et al. 2020; ListOps, Text, Retrieval, Image, Pathfinder), with larger models and 5,000 to 200,000 steps on other data: not comparable in
-level with the table above, which says what a few minutes on two cores reach.
-
-{cells.markdown(["attention", "ListOps", "Text", "Retrieval", "Image", "Path"], published)}
+One encoder of {SMALL["num_hidden_layers"]} layers, width {SMALL["hidden_size"]} and {SMALL["num_attention_heads"]} heads, trained from nothing in fp32; all methods
+with the same rate ({LR}), batches of {BATCH}, examples and epochs. Accuracy is on {TEST} test examples, the mean over {len(SEEDS)} seeds with its 95 % interval
+(Student's t). Chance is 50 for passages, pairs and pathfinder and 10 for pictures; of ListOps' values the most frequent has about 17. Steps per second are the
+run's own, of {BATCH} examples; peak memory is that of the process with its libraries; what a step at a length takes is further below. The published
+accuracies are of larger models after 5,000 to 62,400 steps on other data: not comparable in level with what a few minutes on two cores reach.
+{run_times(table)}
+{picture}
+{tasks}
 
 ## Cost of a training step
 
-Forward and backward, batch 1, fp32. How many times less CPU time than full attention, in turn in one process, medians of {ROUNDS} (full attention against
-itself: {spread}):
+{step_tables(table)}
 
-{cells.markdown(["attention", *lengths], [row(m, lambda f: f"{f['score']:.2f}x") for m in METHODS])}
+## As published
 
-CPU seconds:
+Tay et al. 2020, accuracy in percent; FAIL is chance.
 
-{cells.markdown(["attention", *lengths], [row(m, lambda f: f"{f['step_cpu_s']:.2f}") for m in METHODS])}
+{cells.markdown([c.replace("_", " ") for c in arena.published()[0]], paper)}
 
-Peak memory of a process above what it holds before the model is there, MB:
+## In full size
 
-{cells.markdown(["attention", *lengths], [row(m, lambda f: f"{f['peak_mb']:,.0f}") for m in METHODS])}
+`python -m benchmarks.long_range --full` trains these, each method with its own defaults; on two cores that takes days.
+
+{of_full_size(table)}
 
 Made by `python -m benchmarks.long_range` from the files in `benchmarks/results/long_range/`; `--table` makes it again from them.
 """
 
 
-TABLE = Table("long_range", every_cell, page)
+def table(every: Callable[[], Iterable[Cell]] = every_cell) -> Table:
+    """The table, which is filled with these cells; the page shows all."""
+    return Table("long_range", every, page)
+
 
 if __name__ == "__main__":
-    TABLE.main()
+    full = "--full" in sys.argv
+    if full:
+        sys.argv.remove("--full")
+    table(every_full_cell if full else every_cell).main()
