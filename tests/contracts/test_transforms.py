@@ -13,11 +13,12 @@ import work
 
 import paretune  # noqa: F401 - lets transformers open our folders
 from paretune import anatomy, inference, phases, processors, registry, store, surgery
+from paretune.attention.efficient import AttentionTransform
 from paretune.errors import Incompatible
 from paretune.roles import Trail, Transform
 from paretune.weights.packed import Packed, Packing, unpack
 
-CASES = [(registry.get(name)(), family) for name in registry.names("transform") for family in tiny.FAMILIES]
+CASES = [(work.biting(name), family) for name in registry.names("transform") for family in tiny.FAMILIES]
 LOSSY = 0.25  # the largest share of the logits' norm that a changed number format may cost two layers of width 16
 
 
@@ -125,17 +126,27 @@ def test_the_error_is_bounded(method, family):
 @pytest.mark.parametrize("family, kind", [("gpt2", "causal"), ("llama", "causal"), ("t5", "seq2seq")])
 @pytest.mark.parametrize("name", registry.names("transform"))
 def test_it_generates(name, family, kind):
-    if reason(registry.get(name)(), family):
+    if reason(work.biting(name), family):
         with pytest.raises(Incompatible):
-            changed(registry.get(name)(), family, kind)
+            changed(work.biting(name), family, kind)
         return
-    _, model = changed(registry.get(name)(), family, kind)
+    _, model = changed(work.biting(name), family, kind)
     tokens = processors.get(model)(["the film was", "good"], return_tensors="pt", padding=True)
     ids = model.generate(**tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert ids.shape[0] == 2 and int(ids.max()) < len(processors.get(model))
     with torch.no_grad():  # without the cache of keys and values, the same tokens
         again = model.generate(**tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(ids, again)
+
+
+@pytest.mark.parametrize("method, family", [(m, f) for m, f in CASES if (m, f) not in REFUSED and isinstance(m, AttentionTransform)], ids=str)
+def test_another_attention_is_another_function(method, family):
+    """The promises here would be kept by any method that does nothing to a tiny input; weights are large enough for attention to matter."""
+    model = work.ready(family)
+    steps.disturb(model.requires_grad_(True), std=0.5)
+    before = outputs(model, family)
+    phases.shrink(model, method, None)
+    assert not torch.allclose(outputs(model, family), before, rtol=0.01, atol=0.01)
 
 
 @every_case

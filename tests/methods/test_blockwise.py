@@ -7,6 +7,8 @@ import steps
 import tiny
 import torch
 import work
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from paretune import inference, phases, surgery
 from paretune.attention import Call
@@ -62,6 +64,37 @@ def test_padding_moves_no_block():
         alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         padded = model(input_ids=longer, attention_mask=(torch.arange(13) < 8).long()[None]).logits
     torch.testing.assert_close(padded, alone)
+
+
+def test_rows_of_one_length_are_taken_together_and_each_is_as_alone(monkeypatch):
+    """With a bias by distance, padding at either end, and a row of padding alone."""
+    torch.manual_seed(0)
+    n, method = 12, Blockwise(blocks=3, permutations="0,1")
+    query, key, value = torch.randn(3, 6, 2, n, 4, dtype=torch.double)
+    bias = torch.randn(1, 2, n, n, dtype=torch.double)
+    spans = [(0, 7), (5, 12), (0, 10), (3, 10), (2, 12), (0, 0)]
+    keep = torch.tensor([[a <= i < b for i in range(n)] for a, b in spans])
+    times, blocks = [], Blocks._blocks
+    monkeypatch.setattr(Blocks, "_blocks", lambda self, call, shifts: times.append(len(call.query)) or blocks(self, call, shifts))
+    patch = Blocks(None)
+    patch.method = method
+    mask = keep[:, None, None].expand(6, 1, n, n)
+    found = patch.compute(lambda call: call, Call(torch.nn.Module(), "sdpa", query, query, key, value, mask, {"position_bias": bias}))[0]
+    assert times == [3, 2]  # of seven tokens, and of ten
+    for i, (a, b) in enumerate(spans):
+        if b > a:
+            q, k, v = (t[i : i + 1, :, a:b] for t in (query, key, value))
+            alone = patch.compute(lambda call: call, Call(torch.nn.Module(), "sdpa", q, q, k, v, None, {"position_bias": bias[:, :, a:b, a:b]}))[0]
+            torch.testing.assert_close(found[i : i + 1, a:b], alone)
+        assert (found[i, [j for j in range(n) if not a <= j < b]] == 0).all()
+
+
+@pytest.mark.parametrize("blocks, n", [(2, 16), (4, 32)])
+def test_its_products_are_those_that_the_card_declares(blocks, n):
+    query, key, value = torch.randn(3, 2, 4, n, 8)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        replaced(Blockwise(blocks=blocks, permutations="0,1"), query, key, value)
+    assert counted.get_total_flops() == 2 * 2 * 4 * 2 * n**2 // blocks * 8  # of scores and of values
 
 
 def test_a_token_reaches_its_blocks_alone():

@@ -7,13 +7,19 @@ import steps
 import tiny
 import torch
 import work
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from paretune import anatomy, inference, phases, processors, surgery
+from paretune.attention import windows
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.prefix import Prefix
 from paretune.methods.transforms.longformer import Longformer, Window
 from paretune.recipe import parse
+
+POSITIONS = {"t5": {}, "gpt2": {"n_positions": 256}, "gemma2": {"max_position_embeddings": 256, "attn_logit_softcapping": 0.1}}
+POSITIONS["mistral"] = {"max_position_embeddings": 256, "sliding_window": 12}
 
 
 def windowed(family, task="classification", **knobs):
@@ -39,11 +45,11 @@ def test_at_its_limit_it_is_the_model_itself(family):
     assert torch.equal(steps.logits(model, family), before)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "gemma2", "mistral"])
 @pytest.mark.parametrize("knobs", [{"window": 9}, {"window": "4/20", "dilation": "3/1"}, {"window": "5,30"}], ids=str)
 def test_chunks_and_masks_give_the_same(family, knobs):
     """Two ways to one definition: overlapping views of keys, and all pairs with a mask."""
-    config = {} if family == "t5" else {"n_positions": 256} if family == "gpt2" else {"max_position_embeddings": 256}
+    config = POSITIONS.get(family, {"max_position_embeddings": 256})
     made = [tiny.model(family, config=config) for _ in range(2)]
     for model, below in zip(made, (0, 10**6), strict=True):
         Longformer(dense_below=below, **knobs).apply(model)
@@ -59,6 +65,16 @@ def test_a_layer_reaches_as_far_as_its_window():
     with torch.no_grad():
         moved = (model(ids).logits - model(other).logits).abs().amax((0, 2)) > 0
     assert moved.nonzero().flatten().tolist() == list(range(5, 12))  # two layers of three
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_generates_with_a_cache_what_it_generates_without(family):
+    model = windowed(family, "seq2seq", window=2).double()
+    steps.disturb(model.requires_grad_(True), std=0.5)  # that every step has something to say
+    how = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, without = (model.generate(**tiny.inputs(family, batch=2, length=9), **how, use_cache=cache) for cache in (True, False))
+    assert torch.equal(cached.sequences, without.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(without.logits), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -121,6 +137,41 @@ def test_a_short_encoder_reads_long_texts_and_is_saved_so(tmp_path):
     assert torch.equal(long(loaded, "roberta", n=290), long(model, "roberta", n=290))
 
 
+@pytest.mark.parametrize("family, n, longer", [("bert", 64, 300), ("distilbert", 64, 300), ("bert", 512, 4096)])
+def test_the_longest_input_is_read_and_a_short_one_gives_the_same(family, n, longer, tmp_path):
+    """BERT and DistilBERT keep numbers of positions and of token types beside their tables."""
+    model = tiny.model(family, config={"max_position_embeddings": n})
+    processors.put(model, tiny.tokenizer())
+    phases.shrink(model, Longformer(window=8, dense_below=0))
+    before = steps.logits(model, family)
+    other = tiny.model(family, config={"max_position_embeddings": n})
+    processors.put(other, tiny.tokenizer())
+    phases.shrink(other, Longformer(window=8, length=longer, dense_below=0))
+    assert torch.equal(steps.logits(other, family), before)
+    out = long(other, family, n=longer)
+    phases.save_model(other, tmp_path)
+    assert out.isfinite().all() and torch.equal(long(inference.open_model(tmp_path, work.task(family)), family, n=longer), out)
+    with torch.no_grad():  # a token in the last window before the end reaches the classification through the global one
+        ids = torch.full((1, longer), 7)
+        one = other(input_ids=ids).logits
+        ids[0, -3] = 9
+        assert not torch.equal(other(input_ids=ids).logits, one)
+
+
+@pytest.mark.parametrize("window, g", [(64, 0), (128, 1), (64, 3), (300, 2)])
+def test_its_products_are_those_that_the_card_declares(window, g):
+    """Between two lengths the ends of the text cancel: n (2m + 1)(c + g) d_h products of scores and of values, and g n D for each map of the global tokens."""
+    model = tiny.model("bert", "base", config={"max_position_embeddings": 4096})
+    Longformer(window=window, global_tokens=g, dense_below=0).apply(model)
+    found = []
+    for n in (2048, 2048 + 512):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+            model(input_ids=torch.full((1, n), 7))
+        found.append(counted.get_flop_counts()["Global"][torch.ops.aten.bmm])  # maps are addmm
+    layers, heads, size, width, c, m = 2, 4, 4, 16, min(window, 256), -(-window // 256)
+    assert found[1] - found[0] == 2 * layers * heads * 512 * (2 * (2 * m + 1) * (c + g) * size + 2 * g * width)
+
+
 def test_padding_changes_nothing():
     model = windowed("bert", window=2, global_tokens=2)
     ids = tiny.inputs("bert", batch=1, length=8)["input_ids"]
@@ -129,6 +180,22 @@ def test_padding_changes_nothing():
         alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         padded = model(input_ids=longer, attention_mask=(torch.arange(28) < 8).long()[None]).logits
     torch.testing.assert_close(padded, alone)
+
+
+@pytest.mark.parametrize("family", ["bert", "gemma2"])
+def test_eager_attention_is_in_chunks_unless_its_weights_are_asked_for(family, monkeypatch):
+    """Gemma 2 has no other: without chunks it would never have a window."""
+    model = windowed(family, "base", window=9, global_tokens=0)
+    model.set_attn_implementation("eager")
+    chunked, banded = [], windows.banded
+    monkeypatch.setattr(windows, "banded", lambda *args, **kwargs: chunked.append(1) or banded(*args, **kwargs))
+    ids = torch.randint(5, tiny.SIZE, (1, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model(ids).last_hidden_state
+        assert len(chunked) == 2
+        asked = model(ids, output_attentions=True)
+    assert len(chunked) == 2 and len(asked.attentions) == 2
+    torch.testing.assert_close(asked.last_hidden_state, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_eager_attention_gives_the_weights_of_the_window():

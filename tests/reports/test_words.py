@@ -49,11 +49,11 @@ def test_estimates_say_so_on_their_axis_and_only_there() -> None:
 
 
 def test_what_a_phase_found_is_said() -> None:
-    facts = {"changed_test_token_share": 0.0688}
+    facts = {"changed_test_token_share": 0.06884, "dense_below_tokens": 1536}
     many = {f"layer_{i}_outlier_share": i / 100 for i in range(5)}
     phases = [{"spelling": "lora(r=8)"}, {"spelling": "vocabulary(keep=1)", "facts": facts}, {"spelling": "llm_int8", "facts": many}]
     assert words.found({"phases": phases}) == [
-        ("vocabulary", "changed test token share 0.0688"),
+        ("vocabulary", "changed test token share 0.0688, dense below tokens 1536"),
         ("llm_int8", "layer 0 outlier share 0, layer 1 outlier share 0.01, layer 2 outlier share 0.02, and 2 more in run.json"),
     ]
 

@@ -126,3 +126,40 @@ def test_a_random_band_is_right():
     for _ in range(12):
         n = pick.randint(1, 500)
         compare(Band(pick.randint(1, 200), pick.choice((1, 1, 2, 4)), pick.random() < 0.5, min(n, pick.choice((0, 0, 1, 4)))), n)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", [None, "padding", "texts"])
+@pytest.mark.parametrize("band", [Band(20), Band(150, causal=True), Band(64, first=2)], ids=str)
+def test_what_a_cuda_device_computes_is_the_band(band, kind):
+    """FlexAttention, here uncompiled and without gradients, which it has on a card alone."""
+    n = 300
+    query, key, value = (t.detach() for t in inputs(n, rows=2, size=4))
+    mask = None
+    if kind == "padding":
+        mask = (torch.arange(n) < torch.tensor([[n], [250]]))[:, None, None, :].expand(2, 1, n, n)
+    elif kind == "texts":
+        text = (torch.arange(n) > 170).long()
+        mask = (text[:, None] == text)[None, None].expand(2, 1, n, n)
+    wanted = written_out(query, key, value, band=band, mask=mask)
+    found = windows.by_flex(query, key, value=value, band=band, mask=mask)
+    real = ~wanted.isnan()
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[real], wanted[real], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("band, how", [(Band(9, dilation=2), {}), *((Band(9), how) for how in ({"dropout": 0.1}, {"cap": 1.0}, {"mask": torch.zeros(1, 1, 30, 30)}))])
+def test_what_flex_cannot_say_is_left_to_chunks(band, how):
+    query, plain = torch.randn(1, 2, 30, 16), {"mask": None, "dropout": 0.0, "cap": None}
+    assert windows._fits_flex(query, band=Band(9), **plain)
+    assert not windows._fits_flex(query, band=band, **{**plain, **how})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has gradients on a CUDA device alone")
+def test_on_a_cuda_device_gradients_are_those_of_the_band():
+    tensors = tuple(t.detach().float().requires_grad_() for t in inputs(500, size=16))
+    query, key, value = (t.cuda() for t in tensors)
+    band = Band(64, first=1)
+    ways = [banded(query, key, value=value, band=band).cpu(), written_out(*tensors, band=band)]
+    for mine, theirs in zip(*(torch.autograd.grad(y.square().sum(), tensors) for y in ways), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)

@@ -50,16 +50,17 @@ class Call(NamedTuple):
         Raises:
             Incompatible: for an implementation whose masks are not known here.
         """
-        if self.implementation not in MASKED:
-            raise Incompatible(
-                f"attention implementation {self.implementation!r} takes no further keys and values; "
-                f"call model.set_attn_implementation('sdpa') or ('eager') first"
-            )
+        self.require_known("takes no further keys and values")
         more, length = dict(self.more), keys.shape[1]
         if more.get("position_bias") is not None:  # T5's, by distance: what is prepended has none
             more["position_bias"] = F.pad(more["position_bias"], (length, 0))
         key, value = (_in_front(new, own) for new, own in ((keys, self.key), (values, self.value)))
         return self._replace(key=key, value=value, mask=self._mask_behind(length), more=more)
+
+    def require_known(self, why: str) -> None:
+        """Refuses, with Incompatible, an implementation whose masks are not known here."""
+        if self.implementation not in MASKED:
+            raise Incompatible(f"attention implementation {self.implementation!r} {why}; call model.set_attn_implementation('sdpa') or ('eager') first")
 
     def _mask_behind(self, length: int) -> Tensor | None:
         mask = self.mask

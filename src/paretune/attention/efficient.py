@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import output_capturing
 
 from paretune import anatomy, attention, hub, seams, surgery
 from paretune.anatomy import Site
@@ -83,13 +84,23 @@ class Replacement(Patch):
     """Attention by other means at one call; a method says `compute`."""
 
     attends = True
+    weighs = False  # does it make attention weights where eager attention does?
 
     def __init__(self, site: Site | None = None) -> None:
         super().__init__(site)
         self.calls = 0  # how often the model has asked it
 
     def attend(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
+        """By `compute`.
+
+        Raises:
+            Incompatible: for an implementation whose masks are not known, or weights that were asked for and are not made.
+        """
         self.calls += 1
+        call.require_known(f"hands its masks to {self.method!r} in a form that is not known there")
+        if asks_weights(call) and not (self.weighs and call.implementation == "eager"):
+            way = "call model.set_attn_implementation('eager') for them" if self.weighs else "leave output_attentions out, or look at the model before it"
+            raise Incompatible(f"{self.method!r}: attention weights were asked for, and it makes none under {call.implementation!r}; {way}")
         return self.compute(attend, without_room(call))
 
     def compute(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -147,6 +158,11 @@ def is_causal(call: Call) -> bool:
     return bool(getattr(call.module, "is_causal", False) if said is None else said)
 
 
+def asks_weights(call: Call) -> bool:
+    """Will the model hand out the weights of this call (`output_attentions`)? Some families do not tell the call, so their collector is asked, too."""
+    return bool(call.more.get("output_attentions")) or "attentions" in (output_capturing._active_collector.get() or ())
+
+
 def padding(call: Call, *, by: Transform) -> Tensor | None:
     """Which keys are tokens (B or 1, S), True or False; None where all are. Causality is `is_causal`'s to say.
 
@@ -186,7 +202,13 @@ def without_room(call: Call) -> Call:
 
 
 def visible(mask: Tensor) -> Tensor:
-    """A mask as True where seen: bool as it is, additive where it is not the lowest number; stride 0 stays stride 0."""
+    """A mask (B or 1, 1, T, S) as True where seen: bool as it is, additive where it is not the lowest number; stride 0 stays stride 0.
+
+    Raises:
+        Incompatible: for a mask of another form, such as FlexAttention's.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        raise Incompatible("the attention mask has a form that is not known here; call model.set_attn_implementation('sdpa') or ('eager') first")
     if mask.dtype == torch.bool:
         return mask
     flat = mask[:, :, :1] if mask.stride(2) == 0 else mask
@@ -201,11 +223,24 @@ def repeated(call: Call) -> tuple[Tensor, Tensor]:
     return call.key.repeat_interleave(times, 1), call.value.repeat_interleave(times, 1)
 
 
+FURTHER = {  # what a call brings, what it is, and what a user may do
+    "position_bias": ("adds a bias by distance to every score", "use longformer or blockwise"),
+    "softcap": ("caps its scores", "use longformer"),
+    "sliding_window": ("has a sliding window of its own", "use longformer, or set sliding_window to None in its config"),
+    "s_aux": ("has sinks beside its scores", "leave its attention as it is"),
+}
+
+
 def refuse_further(call: Call, *, by: Transform, allowed: tuple[str, ...] = ()) -> None:
-    """Refuses what some families add to scores and a method cannot: biases by distance, soft caps, sinks."""
-    for name, what in (("position_bias", "adds a bias by distance to every score"), ("softcap", "caps its scores"), ("s_aux", "has sinks beside its scores")):
-        if call.more.get(name) is not None and name not in allowed:
-            raise Incompatible(f"{by!r}: {type(call.module).__name__} {what}, which this attention cannot keep; use longformer or blockwise")
+    """Refuses, with Incompatible, what some families do with scores and a method cannot; a short input shows it already, so that the rehearsal meets it."""
+    for name, (what, hint) in FURTHER.items():
+        if call.more.get(name) is not None and name not in allowed and not (name == "sliding_window" and _hides_none(call)):
+            raise Incompatible(f"{by!r}: {type(call.module).__name__} {what}, which this attention cannot keep; {hint}")
+
+
+def _hides_none(call: Call) -> bool:
+    """Is the family's own window as wide as its longest input?"""
+    return call.more["sliding_window"] >= getattr(call.module.config, "max_position_embeddings", float("inf"))
 
 
 # --- what a model is ------------------------------------------------------------------------------------------------------------

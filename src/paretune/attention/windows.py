@@ -5,7 +5,8 @@
 Queries are taken in chunks of c. A chunk reads the m = ⌈w/c⌉ blocks of c keys on each side of its own: overlapping views of
 one tensor, without a copy, given to torch's fused attention as one batch, the chunks before and behind them as two small
 calls. Dilation d is d such bands, over every d-th token. The g global keys stand once behind each block, so that the views
-hold them. Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
+hold them. On a CUDA device torch's FlexAttention computes the same band by blocks of keys. Beltagy et al. 2020,
+arXiv:2004.05150, section 3.1.
 
 Shapes: B rows, H heads, T queries, S keys, D features, n tokens, L keys that a chunk reads.
 """
@@ -17,6 +18,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,14 +57,16 @@ class Band:
         return n <= self.first or self.dilation == 1 and n <= self.window + 1
 
     def sees(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Do queries at positions (T) see keys at positions (S), or HIDDEN? (T, S)"""
-        apart = rows[:, None] - columns
+        """Do queries at these positions see keys at those, or HIDDEN? Both of any shapes that broadcast: (T, 1) and (S) give (T, S)."""
+        apart = rows - columns
         near = (apart.abs() <= self.window * self.dilation) & (apart % self.dilation == 0)
         seen = (near | (columns < self.first)) & (columns != HIDDEN)
         return seen & (apart >= 0) if self.causal else seen
 
 
-def banded(query: Tensor, key: Tensor, *, value: Tensor, band: Band, mask: Tensor | None = None, scale: float | None = None, dropout: float = 0.0) -> Tensor:
+def banded(
+    query: Tensor, key: Tensor, *, value: Tensor, band: Band, mask: Tensor | None = None, scale: float | None = None, dropout: float = 0.0, cap: float | None = None
+) -> Tensor:
     """The output (B, T, H, D) of self-attention within a band.
 
     Args:
@@ -71,8 +75,11 @@ def banded(query: Tensor, key: Tensor, *, value: Tensor, band: Band, mask: Tenso
         mask: (1 or B, 1 or H, n, n), True where seen or added to the scores; what is the same for all queries may have stride 0 there.
         scale: s; None is 1/√D.
         dropout: the share of probabilities that are dropped.
+        cap: c, by which scores s become c tanh(s / c), as in Gemma 2.
     """
-    how = {"scale": scale, "dropout_p": dropout}
+    if query.is_cuda and _fits_flex(query, band=band, mask=mask, dropout=dropout, cap=cap):
+        return by_flex(query, key, value=value, band=band, mask=mask, scale=scale)
+    how = {"scale": scale, "dropout": dropout, "cap": cap}
     rows = [
         _dilated(query[b], key[b], value=value[b], band=band, mask=None if mask is None else mask[b if len(mask) > 1 else 0], how=how)
         for b in range(len(query))
@@ -83,8 +90,8 @@ def banded(query: Tensor, key: Tensor, *, value: Tensor, band: Band, mask: Tenso
 def attention(attend: Attend, call: Call, *, bands: Sequence[Band], dense_below: int, by: Method) -> tuple[Tensor, Tensor | None]:
     """A model's self-attention call within bands, one for each equal group of heads.
 
-    Short calls, those of cached tokens and those of eager attention (asked for its weights) go the model's own way, with a
-    mask where the band hides a key; all others in chunks.
+    Short calls, those of cached tokens and those asked for their weights go the model's own way, with a mask where the band
+    hides a key; all others by `banded`.
 
     Raises:
         Incompatible: for heads that cannot be grouped so, or scores that a family changes in its own way.
@@ -92,13 +99,13 @@ def attention(attend: Attend, call: Call, *, bands: Sequence[Band], dense_below:
     heads, queries, keys = call.query.shape[1], call.query.shape[2], call.key.shape[2]
     if heads % len(bands):
         raise Incompatible(f"{by!r}: {type(call.module).__name__} has {heads} heads, which do not make {len(bands)} equal groups")
+    efficient.refuse_further(call, by=by, allowed=("position_bias", "softcap", "sliding_window"))
     if queries == keys and all(band.sees_all(keys) for band in bands):
         return attend(call)
-    if queries < keys or keys < dense_below or call.implementation == "eager":
+    if queries < keys or keys < dense_below or efficient.asks_weights(call):
         return attend(_hidden(call, bands))
-    efficient.refuse_further(call, by=by, allowed=("position_bias",))
     key, value = efficient.repeated(call)
-    mask, how = _summed(call), {"scale": call.more.get("scaling"), "dropout": call.more.get("dropout", 0.0)}
+    mask, how = _summed(call), {"scale": call.more.get("scaling"), "dropout": call.more.get("dropout", 0.0), "cap": call.more.get("softcap")}
     size = heads // len(bands)
     parts = []
     for i, band in enumerate(bands):
@@ -140,13 +147,56 @@ def _hidden(call: Call, bands: Sequence[Band]) -> Call:
 def _seen(bands: tuple[Band, ...], heads: int, queries: tuple[int, int], keys: tuple[int, int], device: torch.device) -> Tensor:
     """(1, 1 or H, T, S)"""
     rows, columns = (torch.arange(*ends, device=device) for ends in (queries, keys))
-    each = [band.sees(rows, columns) for band in bands]
+    each = [band.sees(rows[:, None], columns) for band in bands]
     return each[0][None, None] if len(each) == 1 else torch.stack(each).repeat_interleave(heads, 0)[None]
 
 
 def lowest(dtype: torch.dtype) -> float:
     """What hides a key when it is added to its score: far below all scores, and no infinity in any narrower format."""
     return torch.finfo(dtype).min / 2
+
+
+# --- on a CUDA device -----------------------------------------------------------------------------------------------------------
+
+
+def by_flex(query: Tensor, key: Tensor, *, value: Tensor, band: Band, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """As `banded`, by torch's FlexAttention, with masks of truth values: compiled on a CUDA device; elsewhere written out by torch, for tests, without gradients."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    n, low = query.shape[2], lowest(query.dtype)
+    if mask is not None and not mask.stride(2):
+        mask = mask[:, :, :1]  # a mask of keys alone is read once
+
+    def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert mask is not None
+        seen = mask[tuple(at if size > 1 else 0 for at, size in zip((b, h, i, j), mask.shape, strict=True))]
+        return torch.where(seen, score, low)
+
+    run = _compiled(flex_attention) if query.is_cuda else flex_attention
+    return run(query, key, value, score_mod=None if mask is None else score, block_mask=_blocks_seen(band, n, query.device), scale=scale).transpose(1, 2)
+
+
+def _fits_flex(query: Tensor, *, band: Band, mask: Tensor | None, dropout: float, cap: float | None) -> bool:
+    """Can FlexAttention say it as well? It drops no probabilities; dilated bands, capped scores and what is added to scores are left to chunks."""
+    plain = band.dilation == 1 and not dropout and cap is None and (mask is None or mask.dtype == torch.bool)
+    return plain and query.shape[-1] >= 16 and query.dtype != torch.float64
+
+
+@functools.lru_cache(32)
+@torch.inference_mode(False)
+def _blocks_seen(band: Band, n: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(lambda b, h, i, j: band.sees(i, j), None, None, n, n, device=device)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+# --- from which length on -------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -157,7 +207,7 @@ def crossover(window: int, device: str = "cpu") -> int:
         n = times * max(window, band.chunk)
         query, key, value = (torch.randn(1, n, 2, 64, device=device).transpose(1, 2).requires_grad_() for _ in range(3))
         at = torch.arange(n, device=device)
-        mask = torch.zeros(n, n, device=device).masked_fill_(~band.sees(at, at), lowest(torch.float32))
+        mask = torch.zeros(n, n, device=device).masked_fill_(~band.sees(at[:, None], at), lowest(torch.float32))
         ways = (  # called before the next turn
             lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask),  # noqa: B023
             lambda: banded(query, key, value=value, band=band),  # noqa: B023
@@ -190,6 +240,9 @@ def _seconds(way: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> float:
     return clock() - started
 
 
+# --- in chunks ------------------------------------------------------------------------------------------------------------------
+
+
 def _dilated(query: Tensor, key: Tensor, *, value: Tensor, band: Band, mask: Tensor | None, how: dict) -> Tensor:
     """One row: (H, n, D) to (n, H, D)."""
     n, d = query.shape[1], band.dilation
@@ -213,7 +266,7 @@ def _banded(query: Tensor, keys: tuple[Tensor, Tensor], *, first: tuple[Tensor, 
         layout = _edge(band, offset, (start, stop), (low, high), query.dtype, query.device)
         k, v = (t[:, low:high] if not band.first else torch.cat([t[:, low:high], f], 1) for t, f in zip(keys, first, strict=True))
         bias = layout.bias if mask is None else layout.with_mask(mask)
-        out.append(F.scaled_dot_product_attention(query[None, :, start:stop], k[None], v[None], attn_mask=bias, **how)[0].transpose(0, 1))
+        out.append(_softmax(query[None, :, start:stop], k[None], v[None], bias, **how)[0].transpose(0, 1))
         if inner and not start:
             out.append(_inner(query, keys, first=first, offset=offset, band=band, mask=mask, between=(begin, end), how=how))
     return torch.cat(out) if inner else out[0]
@@ -229,8 +282,18 @@ def _inner(
     q = query[:, begin * c : end * c].unflatten(1, (-1, c)).transpose(0, 1)  # (chunks, H, c, D)
     k, v = (_interleaved(t[:, low:high], f, c).unfold(1, layout.span, c + band.first) for t, f in zip(keys, first, strict=True))  # (H, chunks, D, L)
     bias = layout.bias if mask is None else layout.with_mask(mask)
-    out = F.scaled_dot_product_attention(q, k.permute(1, 0, 3, 2), v.permute(1, 0, 3, 2), attn_mask=bias, **how)
+    out = _softmax(q, k.permute(1, 0, 3, 2), v.permute(1, 0, 3, 2), bias, **how)
     return out.transpose(1, 2).flatten(0, 1)  # no copy: torch lays the output out as (chunks, c, H, D)
+
+
+def _softmax(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, scale: float | None, dropout: float, cap: float | None) -> Tensor:
+    """softmax(s Q Kᵀ + bias) V by torch's fused kernel, which caps no scores: those that a family caps are written out."""
+    if cap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, dropout_p=dropout)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = cap * torch.tanh(scores / cap) + bias
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    return F.dropout(weights, dropout) @ value
 
 
 def _interleaved(keys: Tensor, first: Tensor, c: int) -> Tensor:
@@ -265,7 +328,7 @@ class _Layout:
 def _layout(band: Band, rows: Tensor, *, columns: Tensor, dtype: torch.dtype) -> _Layout:
     row, column = (rows[0], columns[0]) if rows.dim() == 2 else (rows, columns)
     bias = torch.zeros(len(row), len(column), dtype=dtype, device=rows.device)
-    return _Layout(rows, columns, bias.masked_fill_(~band.sees(row, column), lowest(dtype)))
+    return _Layout(rows, columns, bias.masked_fill_(~band.sees(row[:, None], column), lowest(dtype)))
 
 
 @functools.lru_cache(32)

@@ -137,8 +137,13 @@ def _shared(meter: dict[str, Any]) -> str:
 def found(record: Record) -> list[tuple[str, str]]:
     """What the phases of a run found out beside scores and costs, such as the share of tokens that a smaller vocabulary changed: methods and sentences."""
     stated = [(phase["spelling"].split("(")[0], phase["facts"]) for phase in record["phases"] if phase.get("facts")]
-    return [(name, ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in list(facts.items())[:_FACTS])
+    return [(name, ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in list(facts.items())[:_FACTS])
              + (f", and {len(facts) - _FACTS} more in run.json" if len(facts) > _FACTS else "")) for name, facts in stated]  # fmt: skip
+
+
+def _number(value: float) -> str:
+    """Three digits, or all of a whole number."""
+    return str(int(value)) if float(value).is_integer() else f"{value:.3g}"
 
 
 def protocol(front: Front) -> str:

@@ -79,18 +79,23 @@ class Blocks(Replacement):
         keep = efficient.padding(call, by=self.method)
         if keep is None:
             return self._blocks(call, shifts).transpose(1, 2), None
-        rows = keep.expand(len(call.query), -1)  # (B, n), True where a token is
-        each = [self._within(call.of_rows(torch.tensor([i], device=rows.device)), shifts, tokens) for i, tokens in enumerate(rows)]
-        return torch.stack(each).transpose(1, 2), None
+        keep = keep.expand(len(call.query), -1)  # (B, n), True where a token is
+        counts, out = keep.sum(-1), torch.zeros_like(call.query)
+        for count in counts[counts > 0].unique():  # rows of as many tokens together
+            rows = (counts == count).nonzero().flatten()
+            out = out.index_copy(0, rows, self._within(call.of_rows(rows), shifts, keep[rows]))
+        return out.transpose(1, 2), None
 
     def _within(self, call: Call, shifts: list[int], tokens: Tensor) -> Tensor:
-        """One row (H, n, D): its tokens among themselves; padding gets zeros."""
-        at = tokens.nonzero().flatten()
+        """Rows (R, H, n, D) of as many tokens (R, n): a row's tokens among themselves; padding gets zeros."""
+        rows, at = tokens.nonzero().unflatten(0, (len(tokens), -1)).unbind(-1)  # each (R, m)
         more, bias = dict(call.more), call.more.get("position_bias")
         if bias is not None:
-            more["position_bias"] = bias[:, :, at][:, :, :, at]
-        own = call._replace(query=call.query[:, :, at], key=call.key[:, :, at], value=call.value[:, :, at], more=more)
-        return torch.zeros_like(call.query[0]).index_copy(1, at, self._blocks(own, shifts)[0])
+            bias = bias.expand(len(tokens), -1, -1, -1).permute(0, 2, 3, 1)  # (R, n, n, H)
+            more["position_bias"] = bias[rows[:, :, None], at[:, :, None], at[:, None]].permute(0, 3, 1, 2)
+        own = call._replace(**{name: getattr(call, name).transpose(1, 2)[rows, at].transpose(1, 2) for name in ("query", "key", "value")}, more=more)
+        out = call.query.new_zeros(len(tokens), tokens.shape[1], *call.query.shape[1::2])  # (R, n, H, D)
+        return out.index_put((rows, at), self._blocks(own, shifts).transpose(1, 2)).transpose(1, 2)
 
     def _blocks(self, call: Call, shifts: list[int]) -> Tensor:
         """(B, H, n, D)"""

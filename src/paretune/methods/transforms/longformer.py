@@ -1,8 +1,9 @@
 """Longformer: each token sees a window around it, and a few global tokens see, and are seen by, all.
 
-    y_i = softmax(s q_i Kᵀ) V over the j with |i − j| ≤ w d and d | i − j, or j < g;        n (2w + 1 + g) d_h products, not n² d_h
+    y_i = softmax(s q_i Kᵀ) V over the j with |i − j| ≤ w d and d | i − j, or j < g;        n (2m + 1)(c + g) d_h products, not n² d_h
     y_i = softmax(s q'_i K'ᵀ) V' over all j, for i < g;      q', K', V' by maps of their own, at the start copies of the local ones
 
+A chunk of c queries, where c is w within 64 and 256, reads its own block of c keys, m = ⌈w/c⌉ on each side, and g behind each.
 Beltagy et al. 2020, arXiv:2004.05150, sections 3.1 and 3.2; positions beyond the model's own are copies of them (section 5).
 """
 
@@ -38,9 +39,11 @@ class Longformer(AttentionTransform):
         arxiv="2004.05150",
         equation="softmax(s q_i K_jᵀ) V_j over |i − j| ≤ w",
         lowers="E",
-        why="Attention costs n (2w + 1 + g) products a feature instead of n², so it grows with the length and not with its square; far tokens meet over layers.",
-        note="Exact within its window: at w ≥ n − 1 without global tokens it is the model's own attention, bit for bit. Below dense_below tokens, and in eager "
-        "attention, all pairs are computed and a mask hides the far ones, slower than no mask (docs/windows.md). A T5 computes its n² position biases as before. "
+        why="Attention costs n (2m + 1)(c + g) products a feature instead of n², for chunks of c queries (w within 64 and 256) that read m = ⌈w/c⌉ blocks on each side, "
+        "so it grows with the length and not with its square; far tokens meet over layers.",
+        note="Exact within its window: at w ≥ n − 1 without global tokens it is the model's own attention, bit for bit. Below dense_below tokens, and where "
+        "attention weights are asked for (output_attentions, in eager attention), all pairs are computed and a mask hides the far ones, slower than no mask "
+        "(docs/windows.md). On a CUDA device FlexAttention computes the window, which was not timed. A T5 computes its n² position biases as before. "
         "A decoder has no global tokens, for its first tokens may see nothing later; its cache keeps all keys.",
     )
     needs_processor = True
@@ -128,6 +131,7 @@ class Window(Replacement):
 
     site: Site
     method: Longformer
+    weighs = True
 
     def __init__(self, site: Site, method: Longformer) -> None:
         super().__init__(site)
@@ -160,6 +164,8 @@ class Window(Replacement):
         scale = call.more.get("scaling")
         scores = torch.einsum("bhgx,bnx->bhgn", reach, x.to(reach.dtype)) * (size**-0.5 if scale is None else scale)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        cap = call.more.get("softcap")
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
         if call.more.get("position_bias") is not None:
             scores = scores + call.more["position_bias"][:, :, :g]
         if call.mask is not None:
