@@ -8,7 +8,7 @@ import torch
 import work
 
 from paretune import anatomy, phases
-from paretune.errors import Incompatible
+from paretune.errors import Incompatible, RecipeError
 from paretune.methods.transforms.wanda import Wanda
 from paretune.recipe import parse
 from paretune.roles import Examples
@@ -50,6 +50,19 @@ def test_each_map_is_the_papers_given_the_layers_pruned_before_it(family):
             assert ((found == 0).sum(1) == math.floor(0.4 * weight.shape[1])).all()
             with torch.no_grad():
                 anatomy.weight(model.get_submodule(site.path)).copy_(weight)
+
+
+def test_a_maps_lowest_scores_wherever_they_stand():
+    model, task = work.ready("llama"), work.text_task(train=6)
+    path = "model.layers.0.self_attn.q_proj"  # of the first layer, whose inputs no zero has changed
+    scores = model.get_submodule(path).weight.detach().abs() * inputs_of(model, path, task).norm(dim=0)
+    phases.shrink(model, Wanda(sparsity=0.4, scope="layer"), task)
+    zero = model.get_submodule(path).weight == 0
+    lowest = scores.flatten().argsort()[: int(0.4 * scores.numel())]
+    assert torch.equal(zero.flatten().nonzero().flatten(), lowest.sort().values)
+    assert len(set(zero.sum(1).tolist())) > 1
+    with pytest.raises(RecipeError, match="a pattern says itself"):
+        Wanda(pattern="2:4", scope="layer")
 
 
 def test_padding_is_not_counted():
