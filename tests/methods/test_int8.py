@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy
+import psutil
 import pytest
 import tiny
 import torch
@@ -286,6 +287,18 @@ def test_static_models_answer_as_dynamic_ones(rule, tmp_path):
     ranges = [m.range for m in loaded.modules() if hasattr(m, "range")]
     assert len(ranges) == 12 and all(r[0] <= 0 < r[1] for r in ranges)
     assert all(m.watch is None for m in model.modules() if isinstance(m, PackedLinear))
+
+
+@pytest.mark.skipif(not int8.levels_here(), reason="this processor has no integer kernel, so that nothing is kept for it")
+def test_the_integer_kernel_holds_the_codes_a_second_time_as_the_card_says():
+    process, module = psutil.Process(), packed(nn.Linear(4096, 2048))
+    module.method.ways(module, torch.float32)["codes"](torch.zeros(1, 4096))  # the first call sets up the kernel itself
+    module.forget()
+    before = process.memory_info().rss
+    module.kept("codes", lambda: int8._prepared(module))
+    assert 0.9 < (process.memory_info().rss - before) / (4096 * 2048) < 1.2
+    assert "holds the codes a second time, in a layout of its own: 1 byte a weight" in Int8.card.note
+    assert "codes" not in module.state_dict() and not copy.deepcopy(module)._kept
 
 
 def test_static_without_examples_is_refused():

@@ -54,7 +54,8 @@ class Int8(Packing):
         "The task's head, tied outputs and convolutions stay float. Static ranges, measured with AMX: 1.2 times as fast as "
         "dynamic ones for 128 tokens and 1.4 times for 1024, equal for fewer; a map's output is off by 1.1 % in the place of 0.8 %, and inputs outside "
         "the range of the examples are cut off. Where bf16 was faster for so many tokens on this processor (timed once per process, format and shape; "
-        "`paretune doctor` prints it), a map multiplies by a copy of its weights in bf16: 2 bytes a weight of memory beside the codes, none in the file. "
+        "`paretune doctor` prints it), a map multiplies by a copy of its weights in bf16: 2 bytes a weight of memory beside the codes, none in the file; "
+        "the integer kernel holds the codes a second time, in a layout of its own: 1 byte a weight; a map that takes both, for few tokens and for many, holds both. "
         "Between the maps numbers stay fp32, which takes longer than `cast` from 64 tokens on where the processor has AMX; cast | int8 keeps them in "
         "bf16, so that each of its maps takes what is faster of int8 and `cast`, and is for such processors.",
     )
