@@ -80,22 +80,14 @@ class Blocks(Replacement):
         if keep is None:
             return self._blocks(call, shifts).transpose(1, 2), None
         keep = keep.expand(len(call.query), -1)  # (B, n), True where a token is
-        counts, out = keep.sum(-1), torch.zeros_like(call.query)
+        counts, places, parts = keep.sum(-1), [], []
         for count in counts[counts > 0].unique():  # rows of as many tokens together
-            rows = (counts == count).nonzero().flatten()
-            out = out.index_copy(0, rows, self._within(call.of_rows(rows), shifts, keep[rows]))
-        return out.transpose(1, 2), None
-
-    def _within(self, call: Call, shifts: list[int], tokens: Tensor) -> Tensor:
-        """Rows (R, H, n, D) of as many tokens (R, n): a row's tokens among themselves; padding gets zeros."""
-        rows, at = tokens.nonzero().unflatten(0, (len(tokens), -1)).unbind(-1)  # each (R, m)
-        more, bias = dict(call.more), call.more.get("position_bias")
-        if bias is not None:
-            bias = bias.expand(len(tokens), -1, -1, -1).permute(0, 2, 3, 1)  # (R, n, n, H)
-            more["position_bias"] = bias[rows[:, :, None], at[:, :, None], at[:, None]].permute(0, 3, 1, 2)
-        own = call._replace(**{name: getattr(call, name).transpose(1, 2)[rows, at].transpose(1, 2) for name in ("query", "key", "value")}, more=more)
-        out = call.query.new_zeros(len(tokens), tokens.shape[1], *call.query.shape[1::2])  # (R, n, H, D)
-        return out.index_put((rows, at), self._blocks(own, shifts).transpose(1, 2)).transpose(1, 2)
+            row = (counts == count).nonzero()  # (R, 1)
+            at = keep[row[:, 0]].nonzero()[:, 1].unflatten(0, (len(row), -1))  # (R, m)
+            places.append(torch.stack([row.expand_as(at), at]).flatten(1))
+            parts.append(self._blocks(_of_tokens(call, row, at=at), shifts).transpose(1, 2).flatten(0, 1))
+        (row, at), out = torch.cat(places, 1), torch.cat(parts)  # (tokens), (tokens, H, D)
+        return out.new_zeros(*keep.shape, *out.shape[1:]).index_put((row, at), out), None  # padding gets zeros
 
     def _blocks(self, call: Call, shifts: list[int]) -> Tensor:
         """(B, H, n, D)"""
@@ -112,6 +104,16 @@ class Blocks(Replacement):
                 out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=added, **how))
             heads.append(torch.cat(out, 2))
         return torch.cat(heads, 1)
+
+
+def _of_tokens(call: Call, row: Tensor, *, at: Tensor) -> Call:
+    """The call of some rows (R, 1), and in each of its tokens (R, m) alone."""
+    more, bias = dict(call.more), call.more.get("position_bias")
+    if bias is not None:
+        bias = bias.permute(0, 2, 3, 1)  # (1 or B, n, n, H)
+        more["position_bias"] = bias[row[:, :, None] if len(bias) > 1 else 0, at[:, :, None], at[:, None]].permute(0, 3, 1, 2)
+    query, key, value = (x.transpose(1, 2)[row, at].transpose(1, 2) for x in (call.query, call.key, call.value))  # (R, H or N, m, D)
+    return call._replace(query=query, key=key, value=value, mask=None, more=more)
 
 
 def _groups(shifts: list[int]) -> list[tuple[int, slice]]:
