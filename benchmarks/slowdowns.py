@@ -57,9 +57,10 @@ def sentence(found: dict[str, Any], name: str) -> str:
     tokens = [row["tokens"] for row in rounds[0]]
     beside = {dtype: [statistics.median(r[i][dtype] for r in rounds) for i in range(len(tokens))] for dtype in ("fp32", "bf16")}
     outputs, inputs = found["shape"]
+    machine = f"{found['environment']['cpu']} ({', '.join(found['environment']['cpu_flags'])})"
     said = {dtype: all_of([f"{ratio:.2g}" for ratio in ratios]) for dtype, ratios in beside.items()}
     return (
-        f"Measured on one thread of {found['environment']['cpu']}, by CPU time, a map from {inputs} to {outputs}: for {all_of(map(str, tokens))} tokens "
+        f"Measured on one thread of {machine}, by CPU time, a map from {inputs} to {outputs}: for {all_of(map(str, tokens))} tokens "
         f"it takes {said['fp32']} times as long as in fp32, and with inputs in bf16 {said['bf16']} times as long as a bf16 map."
     )
 
