@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import statistics
 import sys
 import time
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import paretune as pt
-from benchmarks import arena, cells, data, growth
+from benchmarks import arena, cells, data, growth, windows
 from benchmarks.arena import ARENA, SMALL
 from benchmarks.cells import Cell, Table
 
@@ -34,6 +35,7 @@ SEEDS, LENGTHS = (0, 1, 2), (1024, 2048, 3072, 4096)
 LR, BATCH, VALIDATION, TEST = 1e-3, 16, 200, 400
 LIMIT_S = 300.0  # of a run
 PICTURE = cells.ROOT / "docs" / "long_range.png"
+GUIDE = cells.ROOT / "docs" / "guide" / "long-texts.md"
 
 
 def every_cell() -> Iterator[Cell]:
@@ -147,12 +149,12 @@ def sentence(method: str, table: Table) -> str | None:
 
 
 def pays_from(method: str, table: Table) -> str:
-    """The first length from which on a step of the method takes less CPU time than full attention's, of those measured."""
+    """The first of the lengths from which on a step of the method takes less CPU time than both measurements of full attention's."""
     steps = [(n, table.found(f"{method} step {n}")) for n in LENGTHS]
     if any(f is None for _, f in steps):
         return cells.NOT_RUN
-    slower = [n for n, f in steps if f["score"] <= 1]
-    return f"{min(n for n, _ in steps if n > max(slower, default=0)):,}" if max(slower, default=0) < LENGTHS[-1] else f"not up to {LENGTHS[-1]:,}"
+    slower = max((n for n, f in steps if f["step_cpu_s"] >= min(f["full_step_cpu_s"], f["full_again_cpu_s"])), default=0)
+    return f"{min(n for n in LENGTHS if n > slower):,}" if slower < LENGTHS[-1] else f"not up to {LENGTHS[-1]:,}"
 
 
 def of_seeds(table: Table, method: str, name: str) -> list[dict[str, Any] | None]:
@@ -299,6 +301,26 @@ Made by `python -m benchmarks.long_range` from the files in `benchmarks/results/
 """
 
 
+def paying(table: Table) -> str:
+    """From which length on each method pays, from the step cells and those of `benchmarks.windows`."""
+    small = f"{SMALL['num_hidden_layers']} layers of width {SMALL['hidden_size']}, CPU time"
+    rows = [[f"`{METHODS[m]}`", small, pays_from(m, table)] for m in METHODS if m != CONTROL]
+    timed = json.loads(windows.FILE.read_text()) if windows.FILE.is_file() else []
+    large, alone = f"4 layers of width {windows.HEADS * windows.SIZE}", f"attention alone, {windows.HEADS} heads of {windows.SIZE} features"
+    for threads, clock in ((1, "one thread, CPU time"), (2, "two threads, by the clock")):
+        for what, subject, way in (("step", large, windows.LONGFORMER), ("attention", alone, windows.CHUNKS)):
+            at = windows.pays_from(timed, what, threads=threads, way=way)
+            rows.append([f"`longformer(window={windows.WINDOW}, global_tokens=0)`", f"{subject}, {clock}", at])
+    return cells.markdown(["attention", "of what", "pays from (tokens)"], rows)
+
+
+def in_guide(guide: str, table: Table) -> str:
+    """The text of the guide's page with the table of today's files in it."""
+    begin, end = "--table` -->\n", "<!-- end -->"
+    before, rest = guide.split(begin)
+    return f"{before}{begin}\n{paying(table)}\n\n{end}{rest.split(end)[1]}"
+
+
 def table(every: Callable[[], Iterable[Cell]] = every_cell) -> Table:
     """The table, which is filled with these cells; the page shows all."""
     return Table("long_range", every, page)
@@ -309,3 +331,4 @@ if __name__ == "__main__":
     if full:
         sys.argv.remove("--full")
     table(every_full_cell if full else every_cell).main()
+    GUIDE.write_text(in_guide(GUIDE.read_text(), table()))

@@ -176,12 +176,12 @@ def of(found: list[dict[str, Any]], what: str, n: int, *, threads: int, backward
 
 
 def pays_from(found: list[dict[str, Any]], what: str, *, threads: int, way: str = LONGFORMER) -> str:
-    """The first measured length from which on the way takes less than all pairs, forward and backward."""
-    ratios = {n: statistics.median(r) for n in LENGTHS if (r := ratio(of(found, what, n, threads=threads), way))}
-    if not ratios:
+    """The first measured length from which on the way takes less than all pairs, forward and backward, by more than the A/A control says of chance."""
+    records = {n: record for n in LENGTHS if ratio(record := of(found, what, n, threads=threads), way)}
+    if not records:
         return cells.NOT_RUN
-    slower = max((n for n, r in ratios.items() if r <= 1), default=0)
-    return f"{min(n for n in ratios if n > slower):,}" if slower < max(ratios) else f"not up to {max(ratios):,}"
+    slower = max((n for n, r in records.items() if statistics.median(ratio(r, way)) <= max(1, *ratio(r, AGAIN))), default=0)
+    return f"{min(n for n in records if n > slower):,}" if slower < max(records) else f"not up to {max(records):,}"
 
 
 def aims(found: list[dict[str, Any]], threads: int) -> list[list[str]]:

@@ -65,3 +65,8 @@ def test_a_page_without_results_says_so(tmp_path, monkeypatch):
     page = long_range.page(long_range.table())
     assert page.count("![") == 0 and cells.NOT_RUN in page
     assert "Transformer | 36.37" in page
+
+
+def test_the_guide_has_the_table_of_the_files():
+    guide = long_range.GUIDE.read_text()
+    assert long_range.in_guide(guide, long_range.table()) == guide, "run `python -m benchmarks.long_range --table`"

@@ -8,7 +8,7 @@ from benchmarks import cells, windows
 
 
 def record(what, tokens, times, *, backward=True, threads=2):
-    seconds = {windows.PLAIN: [1.0, 1.0], windows.LONGFORMER: [1 / times, 1 / times]}
+    seconds = {windows.PLAIN: [1.0, 1.0], windows.AGAIN: [1.0, 1 / 1.05], windows.LONGFORMER: [1 / times, 1 / times]}
     return {"what": what, "tokens": tokens, "backward": backward, "threads": threads, "machine": "this", "rounds": 2, "seconds": seconds}
 
 
@@ -41,9 +41,9 @@ def test_linear_memory_is_told_from_quadratic():
 
 
 def test_pays_from_the_length_behind_the_last_that_is_slower():
-    found = [record("step", n, times) for n, times in ((512, 1.1), (1024, 0.9), (2048, 1.2), (4096, 2.0))]
+    found = [record("step", n, times) for n, times in ((512, 1.1), (1024, 1.04), (2048, 1.2), (4096, 2.0))]
     assert windows.pays_from(found, "step", threads=2) == "2,048"
-    assert windows.pays_from(found[:2], "step", threads=2) == "not up to 1,024"
+    assert windows.pays_from(found[:2], "step", threads=2) == "not up to 1,024", "within what all pairs differ by from themselves"
     assert windows.pays_from([], "step", threads=2) == cells.NOT_RUN
 
 
