@@ -19,7 +19,8 @@ from paretune import batches
 from paretune.meters import memory
 
 WHOLE, AS_THEY_COME = "batches whole", "widths as they come"
-VARIANTS = ("as it is", "as it is, again", WHOLE, AS_THEY_COME)
+TOKENS = {"half as many tokens at once": batches.CACHED // 2, "twice as many tokens at once": batches.CACHED * 2, WHOLE: 10**9}
+VARIANTS = ("as it is", "as it is, again", *TOKENS, AS_THEY_COME)
 SUBJECTS: dict[str, dict[str, Any]] = {"stdlib-topics": {"train": 160, "batch": 32}, "sst2": {"train": 600, "batch": 16}}
 FILE = Path(__file__).parent / "results" / "step.json"
 PAGE = Path(__file__).parent.parent / "docs" / "step.md"
@@ -46,8 +47,7 @@ def one(subject: str, variant: str) -> dict[str, Any]:
     import paretune as pt
     from benchmarks import data
 
-    if variant == WHOLE:
-        batches.CACHED = 10**9
+    batches.CACHED = TOKENS.get(variant, batches.CACHED)
     if variant == AS_THEY_COME:
         batches.width = lambda lengths, most: max(lengths)
     train, batch = SUBJECTS[subject]["train"], SUBJECTS[subject]["batch"]

@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from paretune.methods.modifiers.schedule import Schedule
 
-CACHED = 2048  # tokens that pass through a model at once on a CPU: more leave its caches (measured by `python -m benchmarks.step`)
+CACHED = 1024  # tokens that pass through a model at once on a CPU: more leave its caches (measured by `python -m benchmarks.step`)
 POOL = 32  # batches that are sorted by length together; between pools and batches the order is random
 
 

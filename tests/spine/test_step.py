@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -215,13 +216,46 @@ def test_a_longer_phase_tries_the_kernels_of_the_faster_format_and_what_is_near_
     assert asked[3:] == [Pace("bf16", "sdpa"), Pace("bf16", "eager"), Pace("bf16", "ours"), Pace("bf16", "sdpa")], "fp32 and eager are far behind"
 
 
-def test_trials_end_where_a_tenth_of_the_phase_is_spent():
-    found, asked = tried(TAKES, passes=5)  # half a pass more
-    assert (found, len(asked)) == (Pace("bf16", "sdpa"), 4)
+@pytest.mark.parametrize("passes", [1, 59, 300, 1000])
+def test_trials_of_kernels_take_at_most_a_twentieth_of_the_phase(passes):
+    even, asked = dict.fromkeys((Pace("bf16", kernel) for kernel in ("ours", "sdpa", "eager")), 1.0), []
+    found = probe.fastest(lambda pace: asked.append(pace) or even[pace], formats=["bf16"], kernels=["ours", "sdpa", "eager"], passes=passes)
+    assert found == Pace("bf16", "ours") and len(asked) <= passes / 20
+    assert len(asked) == {1: 0, 59: 0, 300: 7, 1000: 7}[passes], "each once, the slow first pass again, and all three once more"
 
 
 def test_nothing_is_timed_where_there_is_nothing_to_choose():
     assert probe.fastest(None, formats=["fp32"], kernels=["own"], passes=100) == Pace("fp32", "own")
+
+
+@pytest.mark.parametrize(("fp32", "bf16", "formats"), [(3.0, 1.0, ["bf16"]), (1.0, 3.0, ["fp32"]), (1.3, 1.0, ["bf16", "fp32"])])
+def test_a_product_of_the_commonest_shape_tells_the_formats_apart(monkeypatch, fp32, bf16, formats):
+    asked = []
+    monkeypatch.setattr(probe, "_product_seconds", lambda shape, rows: asked.append((shape, rows)) or (fp32, bf16))
+    for family in ("bert", "gpt2"):  # whose weights stand the other way round
+        assert probe._formats(steps.model(family), torch.ones(2, 7)) == formats
+    hidden = steps.model("bert").config.hidden_size
+    assert asked[0][1] == 14 and hidden in asked[0][0]
+
+
+def test_frozen_maps_are_cast_once_however_their_weights_are_stored():
+    for family in ("bert", "gpt2"):
+        model = steps.model(family).requires_grad_(False)
+        weights = [m.weight for m in model.base_model.modules() if anatomy.is_linear(m)]
+        before = [w.data for w in weights]
+        with probe.paced(model, Pace("bf16")):
+            assert {w.dtype for w in weights} == {torch.bfloat16}
+        assert all(w.data is b or torch.equal(w.data, b) and w.dtype == torch.float32 for w, b in zip(weights, before, strict=True))
+
+
+def test_a_machine_with_a_card_computes_in_bf16_on_its_processor(monkeypatch):
+    on_processor = torch.autocast
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype: on_processor(device, dtype) if device == "cpu" else contextlib.nullcontext())
+    frozen, x = torch.nn.Linear(4, 4).bfloat16(), torch.ones(2, 4)
+    with probe.autocast(Pace("bf16")):
+        assert frozen(x).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_a_replaced_attention_is_timed_by_itself(monkeypatch):

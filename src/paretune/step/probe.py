@@ -6,9 +6,11 @@ the length; so it is tried, as far as that can pay. The choice is made once per 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,14 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paretune import seams
+from paretune import anatomy, seams
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.step import cross_entropy, narrow, packing, short_attention
 from paretune.step.dropout import cheap as cheap_dropout
 
 TOKENS = 1024  # at most so many are in the batch that is timed
-SHARE = 0.1  # of a phase's expected time may go into finding a faster kernel
+SHARE = 0.05  # of a phase's passes may go into finding a faster kernel
+FEWEST = 3  # passes that tell two kernels apart, a model's slow first one among them
 FAR = 1.5  # a pace that was so many times slower than the fastest is not tried again
+ROWS, WIDEST = 256, 1024  # of the product that tells the number formats apart: at most so many tokens and features
+CLEAR = 2.0  # by so much one number format's matrix products must be ahead to be taken without a pass in the other
 SHORT = 384  # tokens up to which our attention is the likelier one to win, and is tried first; beyond it the model's own
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "drop_prob")  # shares kept as plain numbers
 
@@ -42,8 +47,9 @@ _CHOSEN: dict[tuple, Pace] = {}
 def choose(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], schedule: Schedule, passes: float) -> Pace:
     """The fastest pace for this phase, by forward and backward passes on one batch.
 
-    Each number format is tried with the likeliest kernel, then the other kernels in the faster format, then what was near once more, until that has taken
-    a tenth of the time that the phase's passes will.
+    The number format is the one whose matrix products are far ahead, as a product of the model's commonest shape says, or, where they are near, the
+    faster in passes of the model. Of the attention kernels the likeliest is taken, unless the phase is so long that a twentieth of its passes can try the others,
+    and what was near once more.
 
     An explicit `schedule(dtype=...)` is taken as it is, with the model's own attention. A schedule that packs has attention that packs (`packing`).
 
@@ -62,7 +68,7 @@ def choose(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], schedule: S
         kernels = [packing.name(kernel) if schedule.pack else kernel for kernel in likely]
         state = torch.get_rng_state()
         timed = functools.partial(step_seconds, model, kind, batch=batch, dropout=schedule.dropout)
-        _CHOSEN[key] = fastest(timed, formats=_dtypes(first.device), kernels=kernels, passes=passes)
+        _CHOSEN[key] = fastest(timed, formats=_formats(model, first), kernels=kernels, passes=passes)
         torch.set_rng_state(state)
     return _CHOSEN[key]
 
@@ -72,7 +78,8 @@ def fastest(timed: Callable[..., float], *, formats: Sequence[str], kernels: Seq
 
     A model's very first pass is slow whatever its pace, so the first trial is repeated at once.
     """
-    if len(formats) == len(kernels) == 1:
+    affordable = SHARE * passes if len(kernels) > 1 else 0.0  # passes
+    if len(formats) == 1 and affordable < FEWEST:
         return Pace(formats[0], kernels[0])
     seconds: dict[Pace, float] = {}
     spent = 0.0
@@ -83,14 +90,18 @@ def fastest(timed: Callable[..., float], *, formats: Sequence[str], kernels: Seq
         spent += took
         seconds[pace] = min(took, seconds.get(pace, took))
 
+    def pays() -> bool:
+        """Is there time for one more pass?"""
+        return spent + (least := min(seconds.values())) <= affordable * least
+
     for dtype in (formats[0], *formats):
         tried(Pace(dtype, kernels[0]))
-    spent, faster = 0.0, min(seconds, key=seconds.__getitem__).dtype  # the formats are always told apart
+    faster = min(seconds, key=seconds.__getitem__).dtype
     for pace in (Pace(faster, kernel) for kernel in kernels[1:]):
-        if spent < SHARE * passes * min(seconds.values()):
+        if pays():
             tried(pace)
     for pace in [p for p, took in seconds.items() if took < FAR * min(seconds.values())]:
-        if spent < SHARE * passes * min(seconds.values()):
+        if pays():
             tried(pace)
     return min(seconds, key=seconds.__getitem__)
 
@@ -100,8 +111,43 @@ def _bucket(first: Tensor) -> int:
     return max(1, first.numel() // len(first)).bit_length()
 
 
-def _dtypes(device: torch.device) -> list[str]:
-    return ["bf16", "fp32"] if device.type == "cpu" or torch.cuda.is_bf16_supported() else ["fp32"]
+def _formats(model: nn.Module, first: Tensor) -> list[str]:
+    """The number formats worth a pass of the model: on a CPU the one whose products are far ahead, or both; bf16 first."""
+    if first.device.type != "cpu":
+        return ["bf16", "fp32"] if first.device.type == "cuda" and torch.cuda.is_bf16_supported() else ["fp32"]
+    weights = [m._parameters["weight"] for m in model.modules() if anatomy.is_linear(m) and m._parameters.get("weight") is not None]
+    shapes = collections.Counter(tuple(min(size, WIDEST) for size in w.shape) for w in weights if w is not None)
+    if not shapes:
+        return ["bf16", "fp32"]
+    fp32, bf16 = _product_seconds(max(shapes, key=lambda shape: shapes[shape] * math.prod(shape)), rows=min(ROWS, first.numel()))
+    return ["bf16"] if fp32 > CLEAR * bf16 else ["fp32"] if bf16 > CLEAR * fp32 else ["bf16", "fp32"]
+
+
+@functools.cache
+def _product_seconds(shape: tuple[int, int], *, rows: int) -> tuple[float, float]:
+    """Of a product with a frozen weight of this shape, forward and backward, in fp32 and in bf16 with the input's cast; the fastest of five each."""
+    wide = torch.ones(rows, shape[1]), torch.ones(shape)
+    narrow = wide[1].bfloat16()
+
+    def in_fp32() -> Tensor:
+        return wide[0] @ wide[1].T @ wide[1]
+
+    def in_bf16() -> Tensor:
+        return wide[0].bfloat16() @ narrow.T @ narrow
+
+    found: dict[Callable[[], Tensor], list[float]] = {in_fp32: [], in_bf16: []}
+    with torch.no_grad():
+        for _ in range(5):
+            for way, seconds in found.items():
+                started = clock("cpu")()
+                way()
+                seconds.append(clock("cpu")() - started)
+    return min(found[in_fp32]), min(found[in_bf16])
+
+
+def clock(device: str) -> Callable[[], float]:
+    """What tells ways apart: of one thread its processor time, whoever else is at work there, else wall time."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _attentions(model: Any) -> list[str]:
@@ -111,29 +157,32 @@ def _attentions(model: Any) -> list[str]:
 
 
 def step_seconds(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], pace: Pace, dropout: bool) -> float:
-    """Wall seconds of one forward and backward pass at a pace; no gradient is kept and no parameter moves."""
-    was_training = model.training
+    """Seconds (`clock`) of one forward and backward pass at a pace; no gradient is kept and no parameter moves."""
+    was_training, now = model.training, clock(next(model.parameters()).device.type)
     with paced(model, pace, dropout=dropout):
         with autocast(pace):
             output = cross_entropy.projection(model, kind, batch=batch)
         model.train()
-        started = time.perf_counter()
+        started = now()
         with autocast(pace), cross_entropy.skipped(output):
             outputs = model(**packing.laid_out(kind.inputs(batch), pace.attention))
         loss, _ = cross_entropy.of(kind, outputs, batch=batch, output=output, within=autocast(pace))
         gradients = [p for p in model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(loss, gradients, allow_unused=True)
         float(next(g for g in grads if g is not None).sum())  # waits for the device
-        elapsed = time.perf_counter() - started
+        elapsed = now() - started
     model.train(was_training)
     return elapsed
 
 
-def autocast(pace: Pace | None) -> contextlib.AbstractContextManager:
-    """The number format of the computation inside the block."""
-    if pace is None or pace.dtype == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+@contextlib.contextmanager
+def autocast(pace: Pace | None) -> Iterator[None]:
+    """The number format of the computation inside the block, on the processor and on a card: a machine with a card may train on its processor."""
+    with contextlib.ExitStack() as both:
+        if pace is not None and pace.dtype != "fp32":
+            for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+                both.enter_context(torch.autocast(device, torch.bfloat16))
+        yield
 
 
 @contextlib.contextmanager
@@ -164,7 +213,7 @@ def _working_copies(model: nn.Module) -> Iterator[None]:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     kept: list[tuple[nn.Parameter, Tensor]] = []
     for module in model.modules():
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        weight = module._parameters.get("weight") if anatomy.is_linear(module) else None
         if weight is not None and not weight.requires_grad and owners[id(weight)] == 1 and weight.dtype == torch.float32:
             kept.append((weight, weight.data))
             weight.data = weight.data.to(torch.bfloat16)
