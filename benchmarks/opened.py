@@ -55,11 +55,6 @@ def _by_torchao(form: str, made: Any) -> None:
     quantization.quantize_(made, config)
 
 
-def alone(form: str) -> bool:
-    """Can a fresh process open the folder and answer, with nothing else said?"""
-    return form in ("saved", "onnx", "onnxruntime int8")
-
-
 def stored_mb(form: str, place: Path) -> float:
     """The bytes of the files that opening it reads, 10^6; of torchao's tensors, which safetensors does not take, those of a torch file."""
     from paretune import inference, store

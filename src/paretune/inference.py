@@ -132,8 +132,8 @@ class Bench:
         batch = self._batch([by_length[(start + i) % len(by_length)] for i in range(n)])
         return lambda: self._run(batch)
 
-    def throughput(self, *, limit_s: float) -> Reading:
-        """Examples per second at the best batch found within about so many seconds."""
+    def best_batch(self, *, limit_s: float) -> tuple[Reading, int]:
+        """Examples per second at the best batch found within about so many seconds, and that batch."""
         batches: dict[int, Callable[[], None]] = {}
 
         def run(n: int) -> None:
@@ -142,7 +142,7 @@ class Bench:
                 batches[n] = self.many(n)
             batches[n]()
 
-        return throughput.best_throughput(run, largest=128, seconds=0.2, limit_s=limit_s)[0]
+        return throughput.best_throughput(run, largest=128, seconds=0.2, limit_s=limit_s)
 
     def flops(self) -> Reading:
         """FLOPs of an inference: the mean over five lengths, the middles of the fifths."""
@@ -169,7 +169,7 @@ def measured(benches: dict[str, Bench], metering: Metering, *, progress: Callabl
     timings = protocol.measure({name: bench.one for name, bench in benches.items()}, meter, protocol=plan, progress=functools.partial(tell, "inference"))
     found = {}
     for i, (name, bench) in enumerate(benches.items()):
-        rest = {"throughput_per_s": bench.throughput(limit_s=plan.search_s), "flops_per_inference": bench.flops()}
+        rest = {"throughput_per_s": bench.best_batch(limit_s=plan.search_s)[0], "flops_per_inference": bench.flops()}
         tell("throughput", i + 1, len(benches))
         about = {**timings[name].meter, "aa_wall": timings[name].aa_wall, "aa_cpu": timings[name].aa_cpu, "windows_note": timings[name].note}
         about |= {"assumed": True} if metering.assumed else {}
