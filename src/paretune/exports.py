@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
-from paretune import anatomy, backbones, inference, onnx_files, peft_format, processors, recipe, store
+from paretune import anatomy, backbones, bitsandbytes_files, inference, onnx_files, peft_format, processors, recipe, store
 from paretune.errors import BackboneError, Incompatible, StoreError, unknown
 from paretune.meters.cost import MEASURED, unmeasured
-from paretune.reports import card
+from paretune.parity import TITLES, Parity
+from paretune.reports import card, use
 from paretune.roles import Adapter, Modifier
 from paretune.seams import CHILD
 
-FORMATS = ("hf", "peft", "onnx")
+FORMATS = ("hf", "peft", "onnx", "bitsandbytes")
+ROOM = 1.05  # of the size of what is copied, for a card and the file system's blocks
 INSTEAD = "export with --to hf, which holds every run"
 
 
@@ -26,10 +30,11 @@ def write(run: store.Run, folder: Path, *, to: str = "hf") -> Path:
 
     Args:
         to: "hf", what `from_pretrained` opens, or "peft", the adapter alone: what PEFT, or of adapters that it has not `read_peft`,
-            puts on the unchanged backbone; or "onnx", what onnxruntime runs, float or int8 as the run is.
+            puts on the unchanged backbone; or "onnx", what onnxruntime runs, float or int8 as the run is; or "bitsandbytes", what
+            transformers opens with bitsandbytes, of a run in NF4.
 
     Raises:
-        Incompatible: for an unknown `to`, a run that the format cannot hold, or a graph that answers otherwise than the run.
+        Incompatible: for an unknown `to`, a run that the format cannot hold, or an export that answers otherwise than the run.
         StoreError: for a folder that holds something already, or a run without a model.
     """
     if to not in FORMATS:
@@ -40,14 +45,28 @@ def write(run: store.Run, folder: Path, *, to: str = "hf") -> Path:
         raise StoreError(f"{run.folder} holds no model; give a run folder that `paretune run` wrote")
     record = {**run.record, "license": _license(run)}
     with store.written(folder) as part:
-        if to == "hf":
-            shutil.copytree(run.folder / "model", part, dirs_exist_ok=True)
-        elif to == "peft":
-            _write_peft(run, part)
-        else:
-            record = _write_onnx(run, part, record)
-        card.save(record, part)
+        record, code = _WRITERS[to](run, part, record)
+        card.save(record, part, code=code)
     return folder
+
+
+def _write_hub(run: store.Run, folder: Path, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The run's model as it is, byte for byte."""
+    model = run.folder / "model"
+    store.require_space(folder, ROOM * store.stored_mb(model))
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    names = sorted(str(path.relative_to(model)) for path in model.rglob("*") if path.is_file())
+    _, *other = filecmp.cmpfiles(model, folder, names, shallow=False)
+    if wrong := sorted(name for found in other for name in found):
+        raise StoreError(f"{folder}: {len(wrong)} of {len(names)} files are not what {model} holds, {wrong[0]} first; check the disk and export again")
+    return record, use.hub(record, _auto_class(run, model))
+
+
+def _auto_class(run: store.Run, folder: Path) -> str:
+    """The name of the transformers class that opens the run's model."""
+    with backbones.quiet():
+        config = AutoConfig.from_pretrained(folder)
+    return backbones.auto_class(config.to_dict(), config, task=inference.task_of(run))
 
 
 def _license(run: store.Run) -> str | None:
@@ -58,26 +77,40 @@ def _license(run: store.Run) -> str | None:
         return None
 
 
-def _write_onnx(run: store.Run, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """The graph, what reads text for it, and a record with which `predict` and `measure` take the folder; gives the record."""
+def _write_onnx(run: store.Run, folder: Path, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The graph, what reads text for it, and a record with which `predict` and `measure` take the folder."""
     task = inference.tested(run)
     model = inference.open_model(run.model, task)
     parity = onnx_files.write(model, task, folder=folder, name=run.recipe)
     config = store.read_json(run.model / "config.json")
     store.write_json(folder / "config.json", {k: v for k, v in config.items() if k not in ("quantization_config", "attn_implementation")})
     processors.save(model, folder)
-    trained = {name: getattr(run.cost, name) for name in MEASURED if name.startswith("train") or name == "head_parameters"}
-    cost = dataclasses.replace(unmeasured("the export is not measured yet; `paretune measure` does it"), **trained, stored_mb=store.stored_mb(folder))
-    cost = dataclasses.replace(cost, reasons=cost.reasons | {name: run.cost.reasons[name] for name in trained if name in run.cost.reasons})
-    record = {**record, "loads_with": "onnx", "cost": cost.to_json(), "export": dataclasses.asdict(parity)}
+    record = _answering(run, folder, {**record, "loads_with": "onnx"}, parity)
     store.write_json(folder / "run.json", record)
     shutil.copyfile(run.folder / "sample.json", folder / "sample.json")
     if run.record["per_example"]:
         shutil.copyfile(run.folder / run.record["per_example"], folder / run.record["per_example"])
-    return record
+    return record, use.RUN
 
 
-def _write_peft(run: store.Run, folder: Path) -> None:
+def _answering(run: store.Run, folder: Path, record: dict[str, Any], parity: Parity) -> dict[str, Any]:
+    """The record of an export that other software runs: the training's costs, its own size, and how near its answers are."""
+    trained = {name: getattr(run.cost, name) for name in MEASURED if name.startswith("train") or name == "head_parameters"}
+    cost = dataclasses.replace(unmeasured("the export is not measured yet; `paretune measure` does it"), **trained, stored_mb=store.stored_mb(folder))
+    cost = dataclasses.replace(cost, reasons=cost.reasons | {name: run.cost.reasons[name] for name in trained if name in run.cost.reasons})
+    return {**record, "cost": cost.to_json(), "export": {"title": TITLES[parity.form], **dataclasses.asdict(parity)}}
+
+
+def _write_bitsandbytes(run: store.Run, folder: Path, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A folder that transformers opens with bitsandbytes, and a card."""
+    task = inference.tested(run)
+    auto = _auto_class(run, run.model)
+    parity = bitsandbytes_files.write(inference.open_model(run.model, task), task, folder=folder, auto=auto, name=run.recipe)
+    record = _answering(run, folder, {**record, "loads_with": "transformers+bitsandbytes"}, parity)
+    return record, use.hub(record, auto)
+
+
+def _write_peft(run: store.Run, folder: Path, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The adapters and the head of a run whose backbone is, tensor for tensor, the one that PEFT's user will load."""
     methods = [m for phase in recipe.parse(run.record["resolved"]).phases for m in phase if not isinstance(m, Modifier)]
     other = next((m for m in methods if not isinstance(m, Adapter)), None)
@@ -96,6 +129,11 @@ def _write_peft(run: store.Run, folder: Path) -> None:
         peft_format.save(model, folder, trained=tuple(changed), **_origin(found))
     except Incompatible as error:
         raise Incompatible(f"{run.recipe}: {error}; {INSTEAD}") from None
+    about, origin = store.read_json(folder / peft_format.CONFIG), {"revision": None, **_origin(found)}
+    return record, use.adapter(record, _auto_class(run, run.model), config=about, head=task.kind.config(task), **origin)
+
+
+_WRITERS = {"hf": _write_hub, "peft": _write_peft, "onnx": _write_onnx, "bitsandbytes": _write_bitsandbytes}
 
 
 def _same_backbone(run: store.Run) -> backbones.Backbone:

@@ -258,10 +258,10 @@ def read_run(folder: str | Path) -> Run:
 
 def export(run: Run | str | Path, folder: str | Path, *, to: str = "hf") -> Path:
     """Writes a run's model for others: "hf" a Hugging Face folder, "peft" a PEFT adapter folder where the format has the method,
-    "onnx" a graph that onnxruntime runs, checked against the run.
+    "onnx" a graph that onnxruntime runs, "bitsandbytes" a folder of an NF4 run that transformers opens with it; both checked against the run.
 
     Raises:
-        Incompatible: for a run whose methods the format has not.
-        StoreError: for a folder that holds something already.
+        Incompatible: for a run whose methods the format has not, or an export that answers otherwise than the run.
+        StoreError: for a folder that holds something already, or too little disk.
     """
     return exports.write(run if isinstance(run, Run) else Run.read(run), Path(folder), to=to)

@@ -1,6 +1,4 @@
-"""A run's model as an ONNX graph: float or int8, for any number of rows and tokens, and checked against the model it was made from.
-
-    drift = ‖z_onnx − z‖ / ‖z‖   over the logits z of the run's own test rows
+"""A run's model as an ONNX graph: float or int8, for any number of rows and tokens, and checked (`parity`) against the model it was made from.
 
 An int8 run keeps its codes and scales q, s_o, those that `qat` learned included. Inputs of its maps become uint8 codes u:
 
@@ -13,7 +11,6 @@ A run in 16 bits becomes a graph in fp32 with the same weights, and is compared 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import io
 import logging
@@ -28,8 +25,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from paretune import backbones, seams, store, surgery, tasks, training
+from paretune import backbones, seams, store, surgery, training
 from paretune.errors import Incompatible, StoreError, one_of
+from paretune.parity import Answers, Parity, require_rows
 from paretune.tasks import Task
 from paretune.weights import packed
 from paretune.weights.numerics import TINY
@@ -40,35 +38,7 @@ if TYPE_CHECKING:
 
 GRAPH = "model.onnx"
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-DRIFT = {"float": 1e-3, "int8": 0.15}  # the largest drift that an export may have
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch notes the paths of the modules that a node comes from
-SCORE = 0.01  # how far its score may be from the model's, as a share of it
-
-
-@dataclasses.dataclass(frozen=True)
-class Parity:
-    """What the graph answers, beside what the model answers, on the same rows."""
-
-    form: str  # "float" or "int8"
-    rows: int
-    drift: float
-    score: float
-    model_score: float
-    notes: tuple[str, ...] = ()  # how the graph's numbers differ from the run's
-
-    def check(self, name: str) -> None:
-        """Refuses an export that answers otherwise than its model.
-
-        Raises:
-            Incompatible: with the figures and what was tolerated.
-        """
-        apart = abs(self.score - self.model_score)
-        if not self.drift <= DRIFT[self.form] or not apart <= SCORE * max(1.0, abs(self.model_score)):
-            raise Incompatible(
-                f"{name}: the {self.form} ONNX graph answers otherwise than the model: on {self.rows} test rows its logits are off by {self.drift:.2g} "
-                f"(tolerated {DRIFT[self.form]:g}) and it scores {self.score:.4f}, not {self.model_score:.4f} (tolerated {SCORE:g}); "
-                "nothing was written, export with --to hf"
-            )
 
 
 def write(model: nn.Module, task: Task, *, folder: Path, name: str) -> Parity:
@@ -84,13 +54,13 @@ def write(model: nn.Module, task: Task, *, folder: Path, name: str) -> Parity:
     """
     form = _form(model, task, name=name)
     _require_room(model, folder)
-    rows, processor, longest = task.test, surgery.state(model).processor, training.max_length(model)
+    processor, longest = surgery.state(model).processor, training.max_length(model)
     if longest and hasattr(processor, "model_max_length"):
         processor.model_max_length = longest  # virtual tokens leave less room, and the graph does not say so
     maps = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
     notes = _notes(model, maps)
     model.float()  # packed codes keep their formats, and answers are fp32
-    answers = [training.read(model, task, rows=rows, answers=_logits), training.predict(model, task, rows=rows)]
+    answers = Answers.of(model, task)
     for path, module in maps.items():
         surgery.replace(model, path, new=module.unpacked())
     with _hushed():
@@ -98,9 +68,7 @@ def write(model: nn.Module, task: Task, *, folder: Path, name: str) -> Parity:
         _quantize(made.model, maps)
         _save(made, folder / GRAPH, large=_large(model))
     runner = Runner(folder, processor, model.config)
-    again = [training.read(runner, task, rows=rows, answers=_logits), training.predict(runner, task, rows=rows)]
-    scores = [tasks.score(task, found[1], rows=rows) for found in (again, answers)]
-    parity = Parity(form, len(rows), _drift(answers[0], again[0]), *scores, notes)
+    parity = answers.beside(Answers.of(runner, task), task, form=form, notes=notes)
     parity.check(name)
     return parity
 
@@ -133,8 +101,7 @@ def _form(model: nn.Module, task: Task, *, name: str) -> str:
         raise Incompatible(f"{name}: {readout!r} answers by several calls of a language model, and a graph is one; export with --to hf")
     if task.kind.name == "generation":
         raise Incompatible(f"{name}: a graph answers once, and a generated text needs many calls with a cache; export with --to hf")
-    if not len(task.test):
-        raise Incompatible(f"{name}: an export is compared with its model on test rows, and there are none")
+    require_rows(task, name=name)
     formats = {m.method.spelling() for m in model.modules() if isinstance(m, packed.Packed)}
     other = sorted(f for f in formats if f != "int8")
     if other:
@@ -149,21 +116,6 @@ def _require_room(model: nn.Module, folder: Path) -> None:
     free = psutil.virtual_memory().available / 1e6
     if free < 4 * weights:
         raise StoreError(f"{folder}: about {4 * weights:,.0f} MB of memory are needed to make the graph and {free:,.0f} MB are free; close other programs")
-
-
-def _logits(batch: Mapping[str, Tensor], outputs: Any) -> list[Tensor]:
-    """The logits of each example, where its own tokens are."""
-    return [z[: int(n)] if z.dim() > 1 else z for z, n in zip(outputs.logits.float(), _lengths(batch, outputs), strict=True)]
-
-
-def _lengths(batch: Mapping[str, Tensor], outputs: Any) -> list[int]:
-    mask = batch.get("attention_mask")
-    return [len(z) for z in outputs.logits] if mask is None or mask.dim() > 2 else mask.sum(1).tolist()
-
-
-def _drift(model: list[Tensor], graph: list[Tensor]) -> float:
-    z, again = (torch.cat([t.flatten() for t in found]) for found in (model, graph))
-    return float((again - z).norm() / z.norm())
 
 
 class _Answers(nn.Module):

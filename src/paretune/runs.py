@@ -23,6 +23,7 @@ from paretune.pareto import intervals
 from paretune.phases import Plan
 from paretune.reports import card
 from paretune.store import Run
+from paretune.weights import packed
 
 PENDING = "inference is not measured yet"
 NO_PEAKS = "it takes a fresh process, which a trial has only where a limit asks for it; `paretune measure` measures it"
@@ -114,10 +115,11 @@ def measure(runs: Sequence[Run], task: Any, *, options: Options, peaks: bool = T
     first = {_what(run): run for run in reversed(runs)}
     benches = {what: Bench(_open(run, task, options), task) for what, run in first.items()}
     found = inference.measured(benches, options.metering, progress=progress)
+    slow = {what: _slowdowns(bench.model) if options.compute.device == "cpu" else [] for what, bench in benches.items()}
     benches.clear()
     for what, peak in zip(first, _peaks(list(first.values()), options, progress) if peaks else [missing("MB", NO_PEAKS)] * len(first), strict=True):
         found[what]["readings"]["peak_memory_mb"] = peak
-    measured = [_measured(run, found[_what(run)], first[_what(run)].id) for run in runs]
+    measured = [_measured(run, {**found[_what(run)], "slowdowns": slow[_what(run)]}, first[_what(run)].id) for run in runs]
     together.wait()
     return measured
 
@@ -142,11 +144,17 @@ def _open(run: Run, task: Any, options: Options) -> Any:
     return inference.open_model(run.model, task).to(options.compute.device)
 
 
+def _slowdowns(model: Any) -> list[dict[str, Any]]:
+    """What the model's packed maps cost in time on this processor, beside float ones."""
+    where = {"environment": system.describe()}
+    return [{"format": spelling, "shape": list(shape), "times": [dataclasses.asdict(s) for s in times], **where} for spelling, shape, times in packed.timed(model)]
+
+
 def _measured(run: Run, found: dict[str, Any], by: str) -> Run:
     readings: dict[str, Reading] = found["readings"]
     cost = run.cost.with_readings(readings)
     cost = dataclasses.replace(cost, meter=found["meter"], protocol=found["protocol"])
-    record = {**run.record, "cost": cost.to_json(), "cost_measured_on": by}
+    record = {**run.record, "cost": cost.to_json(), "cost_measured_on": by, "slowdowns": found["slowdowns"]}
     store.write_json(run.folder / "run.json", record)
     card.save(record, run.folder)
     return Run(run.folder, record)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import copy
 import csv
 import filecmp
+import re
+import shutil
+import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from paretune import backbones, exports, flow, inference, options, peft_format, runs, store, tasks
+from paretune import backbones, bitsandbytes_files, exports, flow, inference, options, parity, peft_format, runs, store, tasks
 from paretune.errors import Incompatible, StoreError
 
 ONCE = options.Options(training=options.Training(epochs=1, batch=8))
@@ -27,10 +32,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in ("bert", "gpt2"):
         tiny.model(family, "base").save_pretrained(folder / family)
         tiny.tokenizer().save_pretrained(folder / family)
+    for family, sizes in (("bert", {"hidden_size": 64, "intermediate_size": 128}), ("gpt2", {"n_embd": 64, "n_inner": 128})):
+        tiny.model(family, "base", config=sizes).save_pretrained(folder / f"{family}-64")  # as wide as bitsandbytes' kernel in bf16 asks
+        tiny.tokenizer().save_pretrained(folder / f"{family}-64")
     with (folder / "films.csv").open("w", newline="") as stream:
         rows = csv.writer(stream)
-        rows.writerow(["text", "label"])
-        rows.writerows([f"the {noun} was {word} {n}", label] for n, noun in enumerate(["film", "book", "plot", "scene", "actor"] * 6)
+        rows.writerow(["text", "label", "score"])
+        rows.writerows([f"the {noun} was {word} {n}", label, n / 7] for n, noun in enumerate(["film", "book", "plot", "scene", "actor"] * 6)
                        for word, label in (("good", "up"), ("bad", "down")))  # fmt: skip
     return folder
 
@@ -49,6 +57,90 @@ def test_hf_is_the_runs_model_and_a_card(place: Path, tmp_path: Path) -> None:
     assert filecmp.cmpfiles(run.folder / "model", made, names, shallow=False) == (names, [], [])
     assert {p.name for p in made.iterdir()} - set(names) == {"README.md"}
     assert "lora(r=2)" in (made / "README.md").read_text()
+
+
+def test_hf_asks_for_room_and_compares_the_copy(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished(place, "lora(r=2)")
+    with monkeypatch.context() as patch:
+        patch.setattr(store.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1e3))
+        with pytest.raises(StoreError, match="MB are needed and 0 MB are free"):
+            exports.write(run, tmp_path / "export")
+    copytree = shutil.copytree
+
+    def spoiled(source: Path, target: Path, **how: Any) -> None:
+        copytree(source, target, **how)
+        path = Path(target) / "model.safetensors"
+        held = bytearray(path.read_bytes())
+        held[-1] ^= 1
+        path.write_bytes(held)
+
+    monkeypatch.setattr(exports.shutil, "copytree", spoiled)
+    with pytest.raises(StoreError, match=r"1 of \d+ files are not what .*model holds, model.safetensors first"):
+        exports.write(run, tmp_path / "export")
+    assert not any(tmp_path.iterdir())
+
+
+def used(folder: Path) -> str:
+    """What the card's Python prints, run as it stands in a process of its own, in the folder."""
+    code = re.search(r"## Use\n\n```python\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)[1]  # type: ignore[index]
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{code}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("recipe, to", [
+    ("full", "hf"), ("lora(r=2)", "hf"), ("full | int8", "hf"), ("lora(r=2)", "peft"), ("adapter(bottleneck=4)", "peft"), ("full | nf4", "bitsandbytes"),
+])  # fmt: skip
+def test_the_cards_lines_run_as_they_stand(recipe: str, to: str, place: Path, tmp_path: Path) -> None:
+    run = finished(place, recipe, "bert-64" if to == "bitsandbytes" else "bert")
+    made = exports.write(run, tmp_path / "export", to=to)
+    answer = eval(used(made))
+    assert answer == pytest.approx({name.removeprefix("p_"): p for name, p in run.predict(["a new text"])[0].items() if name.startswith("p_")},
+                                   abs=1e-2 if to == "bitsandbytes" else 1e-4)  # which may multiply in bf16
+    assert ("paretune" in (made / "README.md").read_text().split("```python")[1].split("```")[0]) == (recipe in ("full | int8", "adapter(bottleneck=4)")
+                                                                                                       or (recipe, to) == ("lora(r=2)", "hf"))
+
+
+@pytest.mark.parametrize("family, columns, to", [
+    ("bert", {"text": "text", "label": "score"}, "hf"), ("bert", {"text": "text", "label": "label", "kind": "multilabel"}, "hf"),
+    ("gpt2", {"text": "text"}, "hf"), ("gpt2", {"text": "text,label", "label": "score"}, "peft"),
+    ("gpt2", {"text": "text", "label": "label", "kind": "generation"}, "peft"),
+])  # fmt: skip
+def test_every_kind_of_task_is_asked(family: str, columns: dict[str, str], to: str, place: Path, tmp_path: Path) -> None:
+    task = tasks.task(str(place / "films.csv"), **columns)
+    run = runs.make(flow._plan(flow.as_recipe("lora(r=2)"), task, str(place / family), place / "out", 0, ONCE), "lora(r=2)")
+    assert used(exports.write(run, tmp_path / "export", to=to)).strip()
+
+
+@pytest.mark.parametrize("family, recipe", [("bert", "full | nf4"), ("bert", "lora(r=2) | merge | nf4(double_quant=False, block=32)"), ("gpt2", "full | nf4")])
+def test_transformers_opens_nf4_with_bitsandbytes(family: str, recipe: str, place: Path, tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    run = finished(place, recipe, f"{family}-64")
+    made = exports.write(run, tmp_path / "export", to="bitsandbytes")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(made, device_map="cpu").eval()
+    ours = inference.open_model(run.folder / "model", inference.task_of(run))
+    maps = {path for path, m in theirs.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert maps == {path for path, m in ours.named_modules() if isinstance(m, bitsandbytes_files.Packed)}
+    with torch.no_grad():
+        batch = tiny.inputs(family, batch=1)
+        torch.testing.assert_close(theirs(**batch).logits, ours(**batch).logits, rtol=0.02, atol=0.02)  # which may multiply in bf16
+    text = (made / "README.md").read_text()
+    assert "NF4 folder for bitsandbytes" in text and "in fp32" in text and "transformers+bitsandbytes" in text
+
+
+def test_bitsandbytes_takes_nf4_alone(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for recipe, word in (("full", "float weights"), ("full | int8", "int8"), ("nf4 | lora(r=2)", "adapters")):
+        with pytest.raises(Incompatible, match=f"{word}.*nf4, or export with --to hf"):
+            exports.write(finished(place, recipe), tmp_path / "export", to="bitsandbytes")
+    with pytest.raises(Incompatible, match=r"blocks of 64.*has 16 inputs; take an nf4\(block=...\)"):
+        exports.write(finished(place, "full | nf4"), tmp_path / "export", to="bitsandbytes")
+    monkeypatch.setitem(parity.DRIFT, "nf4", -1.0)
+    with pytest.raises(Incompatible, match=r"NF4 folder for bitsandbytes answers otherwise.*off by"):
+        exports.write(finished(place, "full | nf4", "bert-64"), tmp_path / "export", to="bitsandbytes")
+    monkeypatch.setattr(bitsandbytes_files.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Incompatible, match="pip install bitsandbytes"):
+        exports.write(finished(place, "full | nf4", "bert-64"), tmp_path / "export", to="bitsandbytes")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks transformers 5.23 by the old name
@@ -128,7 +220,7 @@ def test_nothing_is_overwritten(place: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_formats_are_named(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(Incompatible, match=r"'pefd' is not known \(did you mean peft\?\); there are hf, peft and onnx"):
+    with pytest.raises(Incompatible, match=r"'pefd' is not known \(did you mean peft\?\); there are hf, peft, onnx and bitsandbytes"):
         exports.write(finished(place, "lora(r=2)"), tmp_path / "export", to="pefd")
     with pytest.raises(StoreError, match="holds no model"):
         exports.write(store.Run(tmp_path, {}), tmp_path / "export")

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 
-from paretune import exports, flow, inference, onnx_files, options, runs, store, tasks
+from paretune import exports, flow, inference, onnx_files, options, parity, runs, store, tasks
 from paretune.errors import Incompatible, StoreError
 
 ONCE = options.Options(training=options.Training(epochs=1, batch=8))
@@ -167,18 +167,18 @@ def test_a_graph_that_answers_otherwise_is_refused_and_leaves_nothing(finished, 
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("parity", [
-    onnx_files.Parity("float", 9, 2e-3, 0.9, 0.9), onnx_files.Parity("int8", 9, 0.2, 0.9, 0.9), onnx_files.Parity("int8", 9, 0.01, 0.88, 0.9),
-    onnx_files.Parity("float", 9, float("nan"), 0.9, 0.9), onnx_files.Parity("float", 9, 0.0, 15.0, 14.0),
+@pytest.mark.parametrize("found", [
+    parity.Parity("float", 9, 2e-3, 0.9, 0.9), parity.Parity("int8", 9, 0.2, 0.9, 0.9), parity.Parity("int8", 9, 0.01, 0.88, 0.9),
+    parity.Parity("float", 9, float("nan"), 0.9, 0.9), parity.Parity("float", 9, 0.0, 15.0, 14.0),
 ])  # fmt: skip
-def test_drift_of_outputs_or_score_is_refused(parity):
-    with pytest.raises(Incompatible, match=f"the run.*{parity.model_score:.4f}.*nothing was written"):
-        parity.check("the run")
+def test_drift_of_outputs_or_score_is_refused(found):
+    with pytest.raises(Incompatible, match=f"the run.*{found.model_score:.4f}.*nothing was written"):
+        found.check("the run")
 
 
 def test_what_is_tolerated_passes():
-    onnx_files.Parity("float", 9, 9e-4, 0.9, 0.9).check("the run")
-    onnx_files.Parity("int8", 9, 0.14, 0.895, 0.9).check("the run")
+    parity.Parity("float", 9, 9e-4, 0.9, 0.9).check("the run")
+    parity.Parity("int8", 9, 0.14, 0.895, 0.9).check("the run")
 
 
 def test_what_no_graph_holds_is_refused(finished, tmp_path):

@@ -195,6 +195,9 @@ def test_a_plan_has_a_stage_for_each_phase_and_writes_nothing(place, tmp_path):
     assert lora.flops == pytest.approx(2 * 96 * each, rel=0.3)
     ((spelling, shape, times),) = expected.formats
     assert spelling.startswith("int8") and shape == (16, 16) and all(t.fp32 > 0 for t in times)
+    (line,) = [text for text in plan.describe(expected) if text.startswith("int8: ")]
+    for dtype in ("fp32", "bf16"):
+        assert f"as in {dtype} (1: {getattr(times[0], dtype):.2g}, 8: {getattr(times[1], dtype):.2g}, " in line
     assert not (tmp_path / "out").exists()
 
 

@@ -32,6 +32,15 @@ def test_every_cost_has_a_value_or_a_reason() -> None:
     assert "energy per inference, estimated" in card.render(record("full")) and "factor between 0.33 and 3" in card.render(record("full"))
 
 
+def test_packed_maps_have_their_slow_down_beside_both_baselines_and_the_machine() -> None:
+    times = [{"tokens": n, "fp32": 6.1 / n, "fp32_way": "dequantized", "bf16": 6.7 / n, "bf16_way": "dequantized"} for n in (1, 8)]
+    found = {"format": "nf4", "shape": [3072, 768], "times": times, "environment": {"cpu": "A processor", "threads": 2, "torch": "2.13"}}
+    text = card.render(record("full | nf4") | {"slowdowns": [found]})
+    assert "from 768 to 3072 features in `nf4`" in text and "A processor, torch 2.13, 2 threads" in text
+    assert "| tokens | beside fp32 | beside bf16 |" in text and "| 1 | 6.1 | 6.7 |\n| 8 | 0.76 | 0.84 |" in text
+    assert "packed maps" not in card.render(record("full | merge"))
+
+
 def test_scores_and_the_command_are_there(tmp_path: Path) -> None:
     run = record("lora(r=8) | merge | int8")
     text = card.save(run, tmp_path).read_text(encoding="utf-8")

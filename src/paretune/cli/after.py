@@ -165,7 +165,9 @@ _WRITERS: dict[str, Callable[[Iterator[dict[str, Any]], IO[str]], int]] = {".csv
 def export(folder: str, to: str, *, target: str) -> None:
     """Writes the model of a finished RUN for others.
 
-    That is a Hugging Face folder, or an adapter folder in PEFT's format, which of a method that PEFT has not only paretune reads.
+    That is a Hugging Face folder (hf); an adapter folder in PEFT's format (peft), which of a method that PEFT has not only paretune reads; an
+    ONNX graph, float or int8 as the run is (onnx); or, of a run in NF4, a folder that transformers opens with bitsandbytes. A graph and a
+    folder for bitsandbytes answer the run's test rows first: where they drift from its model, nothing is written.
     """
     from paretune import flow
 

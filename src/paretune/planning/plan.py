@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 
 from torch import nn
@@ -21,9 +20,9 @@ from paretune.roles import Readout
 from paretune.step import adamw
 from paretune.step.probe import Pace
 from paretune.units import show
-from paretune.weights import kernels
+from paretune.weights import packed
 from paretune.weights.kernels import Slowdown
-from paretune.weights.packed import PackedLinear, Packing
+from paretune.weights.packed import Packing
 
 WATCHED_AT_ONCE = 16  # rows in a part of a validation, about
 WITHIN = 0.25  # half-width of the printed intervals, relative; how often it holds is in docs/plan.md
@@ -104,7 +103,7 @@ def expect(plan: Plan) -> Expected:
         else:
             stage, scored = _passed(model, phase, plan=plan, watts=watts)
         stages.append(dataclasses.replace(stage, saved_mb=_bytes(model) / 1e6))
-        formats += _slowdowns(model, phase)
+        formats += packed.timed(model) if isinstance(phase[0], Packing) else []
     rows = len(plan.task.validation) + len(plan.task.test)
     if scored == Took():
         scored = rehearsal.answer(model, plan.task)
@@ -136,14 +135,6 @@ def _passed(model: nn.Module, phase: Phase, *, plan: Plan, watts: float | None) 
             rehearsal.pass_through(model, phase, task=plan.task)
         took, scored = now() - started, Took()
     return Stage(spell((phase,)), took, peak.reading.value, energy_j=None if watts is None else watts * took.wall_s), scored
-
-
-def _slowdowns(model: nn.Module, phase: Phase) -> list[tuple[str, tuple[int, int], tuple[Slowdown, ...]]]:
-    """What a packing costs in time here, timed on a map of the shape that most of the model's packed ones have."""
-    if not isinstance(phase[0], Packing):
-        return []
-    shapes = collections.Counter(m.shape for m in model.modules() if isinstance(m, PackedLinear))
-    return [(spell((phase,)), shape, tuple(kernels.slowdowns(phase[0], shape=shape))) for shape, _ in shapes.most_common(1)]
 
 
 def _bytes(model: nn.Module) -> float:
@@ -213,8 +204,9 @@ def describe(expected: Expected, *, price: Factor | None = None) -> list[str]:
         low, cost, high = (value * price.per_kwh / KWH_J for value in (joules.low, joules.value, joules.high))
         lines.append(f"money         {cost:.2g} {price.unit} [{low:.2g}, {high:.2g}], {price.source}")
     for spelling, shape, found in expected.formats:
-        times = ", ".join(f"{s.tokens}: {s.fp32:.2g}" for s in found)
-        lines.append(f"{spelling}: a map of {shape[0]} x {shape[1]} takes so many times as long as in fp32 for so many tokens ({times}), timed here")
+        beside = (", ".join(f"{s.tokens}: {getattr(s, dtype):.2g}" for s in found) for dtype in ("fp32", "bf16"))
+        lines.append("{}: for so many tokens a map of {} x {} takes so many times as long as in fp32 ({}) and as in bf16 ({}), both eager, timed here"
+                     .format(spelling, *shape, *beside))  # fmt: skip
     return [*lines, "", f"estimates, from {expected.rehearsal_s:.0f} s of rehearsal; nothing was written"]
 
 

@@ -5,42 +5,40 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from paretune import store
 from paretune.meters.cost import MEASURED, Cost
 from paretune.pareto.records import Record, interval, named, value
-from paretune.reports import words
+from paretune.reports import use, words
 from paretune.units import QUANTITIES, show
 
-_USE = '''import paretune as pt
 
-run = pt.read_run("path/of/this/folder")
-print(run.predict(["a new text"]))'''
-
-
-def save(record: Record, folder: Path, *, license_id: str | None = None) -> Path:
+def save(record: Record, folder: Path, *, license_id: str | None = None, code: str = use.RUN) -> Path:
     """Writes the card of a run into its folder; returns the path."""
     path = folder / "README.md"
     with store.written_file(path) as part:
-        part.write_text(render(record, license_id=license_id), encoding="utf-8")
+        part.write_text(render(record, license_id=license_id, code=code), encoding="utf-8")
     return path
 
 
-def render(record: Record, *, license_id: str | None = None) -> str:
+def render(record: Record, *, license_id: str | None = None, code: str = use.RUN) -> str:
     """The card as Markdown.
 
     Args:
         record: the run's record.
         license_id: the backbone's license as the hub names it, "apache-2.0"; None where it is not known, and the card says so.
+        code: the Python that uses the folder.
     """
     license_id = license_id or record.get("license")
     score = words.with_interval(record["score"], interval(record, "score"))
     sections = {
         "What it is": _facts(record, license_id),
-        "Use": _block("python", _USE),
+        "Use": _block("python", code),
         "Scores": _scores(record),
         **({"Found": [f"- {_code(name)}: {_plain(text)}" for name, text in found]} if (found := words.found(record)) else {}),
         "Costs": [*_costs(record), "", _meter(Cost.from_json(record["cost"]))],
+        **({"Time of packed maps": _slowdowns(record["slowdowns"])} if record.get("slowdowns") else {}),
         **({"Export": _export(record["export"])} if "export" in record else {}),
         "Run it again": _block("sh", words.command(record)),
     }
@@ -101,10 +99,22 @@ def _costs(record: Record) -> list[str]:
 
 
 def _export(parity: Record) -> list[str]:
-    """How near the exported graph answers to the model that was scored and measured."""
-    return [f"A {parity['form']} ONNX graph. On {parity['rows']} test rows it scores {parity['score']:.4f} where the model it was made from scores "
+    """How near the export answers to the model that was scored and measured."""
+    return [f"{parity['title']}. On {parity['rows']} test rows it scores {parity['score']:.4f} where the model it was made from scores "
             f"{parity['model_score']:.4f}, and its logits are off by a share of {parity['drift']:.2g}. The scores above are that model's.",
             *(f"- {note}" for note in parity.get("notes", ()))]  # fmt: skip
+
+
+def _slowdowns(formats: list[dict[str, Any]]) -> list[str]:
+    """A table for each packed format: how many times as long as a float map it takes, by tokens."""
+    lines: list[str] = []
+    for found in formats:
+        outputs, inputs = found["shape"]
+        where = f"{words.machine(found['environment'])}, {found['environment']['threads']} threads"
+        lines += [*([""] if lines else []), f"A map from {inputs} to {outputs} features in {_code(found['format'])} takes so many times as long as a float one, "
+                  f"in eager torch, timed on {_plain(where)}:", "", "| tokens | beside fp32 | beside bf16 |", "|---|---|---|",
+                  *(f"| {t['tokens']} | {t['fp32']:.2g} | {t['bf16']:.2g} |" for t in found["times"])]  # fmt: skip
+    return lines
 
 
 def _meter(cost: Cost) -> str:

@@ -76,8 +76,8 @@ def _tensors(module: PackedLinear) -> dict[str, Tensor]:
     method, codes = module.method, module.codes()
     assert isinstance(method, NF4)
     about: dict[str, Any] = {"quant_type": "nf4", "blocksize": method.block, "dtype": str(module.dtype).removeprefix("torch."), "shape": list(module.shape)}
-    tensors = {"weight": codes["weight"][:, None].view(torch.uint8), "weight.absmax": codes["absmax"], "weight.quant_map": normal_float()}
+    tensors = {"weight": codes["weight"][:, None].view(torch.uint8), "weight.absmax": codes["absmax"], "weight.quant_map": normal_float().clone()}
     if method.double_quant:
         about |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": float(codes["nested_offset"])}
-        tensors |= {"weight.nested_absmax": codes["nested_absmax"], "weight.nested_quant_map": dynamic_float()}
+        tensors |= {"weight.nested_absmax": codes["nested_absmax"], "weight.nested_quant_map": dynamic_float().clone()}
     return tensors | {STATE: torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)}

@@ -14,6 +14,7 @@ Shapes: B rows, T positions, I and O features of a map.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
@@ -146,6 +147,16 @@ def packable(model: nn.Module, *, embeddings: bool = True) -> list[str]:
         and CHILD not in path.split(".")
         and not f"{path}.".startswith(outside or ("\0",))
     ]
+
+
+def timed(model: nn.Module) -> list[tuple[str, tuple[int, int], tuple[kernels.Slowdown, ...]]]:
+    """For each format in a model its spelling, the shape (O, I) that most of its maps have, and what such a map costs here beside a float one."""
+    maps = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    found = []
+    for spelling, method in {m.packed_by: m.method for m in maps}.items():
+        ((shape, _),) = collections.Counter(m.shape for m in maps if m.packed_by == spelling).most_common(1)
+        found.append((spelling, shape, tuple(kernels.slowdowns(method, shape=shape))))
+    return found
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -1,0 +1,86 @@
+"""The gate of an export: what was written answers the run's test rows as the run's model does, or the export fails with the figures.
+
+    drift = ‖z_export − z‖ / ‖z‖   over the logits z of the run's own test rows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paretune import tasks, training
+from paretune.errors import Incompatible
+from paretune.tasks import Task
+
+DRIFT = {"float": 1e-3, "int8": 0.15, "nf4": 1e-3}  # the largest drift that an export may have
+SCORE = 0.01  # how far its score may be from the model's, as a share of it
+TITLES = {"float": "float ONNX graph", "int8": "int8 ONNX graph", "nf4": "NF4 folder for bitsandbytes"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """What an export answers, beside what the model answers, on the same rows."""
+
+    form: str  # of TITLES
+    rows: int
+    drift: float
+    score: float
+    model_score: float
+    notes: tuple[str, ...] = ()  # how the export's numbers differ from the run's
+
+    def check(self, name: str) -> None:
+        """Refuses an export that answers otherwise than its model.
+
+        Raises:
+            Incompatible: with the figures and what was tolerated.
+        """
+        apart = abs(self.score - self.model_score)
+        if not self.drift <= DRIFT[self.form] or not apart <= SCORE * max(1.0, abs(self.model_score)):
+            raise Incompatible(
+                f"{name}: the {TITLES[self.form]} answers otherwise than the model: on {self.rows} test rows its logits are off by {self.drift:.2g} "
+                f"(tolerated {DRIFT[self.form]:g}) and it scores {self.score:.4f}, not {self.model_score:.4f} (tolerated {SCORE:g}); "
+                "nothing was written, export with --to hf"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a model says to the test rows: the logits of each, and its predictions."""
+
+    logits: list[Tensor]
+    predictions: list[Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, task: Task) -> Answers:
+        """Reads the task's test rows with a model, in evaluation mode."""
+        return cls(training.read(model, task, rows=task.test, answers=_logits), training.predict(model, task, rows=task.test))
+
+    def beside(self, export: Answers, task: Task, *, form: str, notes: tuple[str, ...] = ()) -> Parity:
+        """How far an export's answers are from these."""
+        z, again = (torch.cat([t.flatten() for t in found.logits]) for found in (self, export))
+        scores = [tasks.score(task, found.predictions, rows=task.test) for found in (export, self)]
+        return Parity(form, len(task.test), float((again - z).norm() / z.norm()), *scores, notes)
+
+
+def require_rows(task: Task, *, name: str) -> None:
+    """Refuses a task without test rows.
+
+    Raises:
+        Incompatible: naming the run.
+    """
+    if not len(task.test):
+        raise Incompatible(f"{name}: an export is compared with its model on test rows, and there are none; export with --to hf")
+
+
+def _logits(batch: Mapping[str, Tensor], outputs: Any) -> list[Tensor]:
+    """The logits of each example, where its own tokens are."""
+    return [z[: int(n)] if z.dim() > 1 else z for z, n in zip(outputs.logits.float(), _lengths(batch, outputs), strict=True)]
+
+
+def _lengths(batch: Mapping[str, Tensor], outputs: Any) -> list[int]:
+    mask = batch.get("attention_mask")
+    return [len(z) for z in outputs.logits] if mask is None or mask.dim() > 2 else mask.sum(1).tolist()
