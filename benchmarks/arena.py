@@ -41,7 +41,7 @@ class Arena:
     longest: int  # tokens of its longest input, with [CLS] and [SEP]: as many positions has the encoder
     words: bool = False  # are tokens set apart by spaces, or is each character one?
     epochs: float = 2.0
-    train: int = 1000
+    train: int = 800
     published: str = ""  # the column of the paper's table
 
 

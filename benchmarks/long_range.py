@@ -63,7 +63,7 @@ def one(method: str, name: str, seed: int) -> dict[str, Any]:
     """One method trained on one task."""
     here = ARENA[name]
     task = here.task().subset(here.train, seed=seed)
-    recipe = f"{METHODS[method]} | full + schedule(lr={LR}, batch={BATCH}, epochs={here.epochs}, warmup=0.1, dtype='fp32')".removeprefix(" | ")
+    recipe = f"{METHODS[method]} | full + schedule(lr={LR}, batch={BATCH}, epochs={here.epochs}, warmup=0.1, patience=99, dtype='fp32')".removeprefix(" | ")
     return _trained(recipe, task, seed=seed, backbone=arena.encoder(here))
 
 
