@@ -18,7 +18,7 @@ from paretune.tasks import Task
 
 DRIFT = {"float": 1e-3, "int8": 0.15, "nf4": 1e-3}  # the largest drift that an export may have
 SCORE = 0.01  # how far its score may be from the model's, as a share of it
-TITLES = {"float": "float ONNX graph", "int8": "int8 ONNX graph", "nf4": "NF4 folder for bitsandbytes"}
+TITLES = {"float": "float ONNX graph", "int8": "int8 ONNX graph", "nf4": "folder in NF4 for bitsandbytes"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,7 +125,17 @@ def test_transformers_opens_nf4_with_bitsandbytes(family: str, recipe: str, plac
         batch = tiny.inputs(family, batch=1)
         torch.testing.assert_close(theirs(**batch).logits, ours(**batch).logits, rtol=0.02, atol=0.02)  # which may multiply in bf16
     text = (made / "README.md").read_text()
-    assert "NF4 folder for bitsandbytes" in text and "in fp32" in text and "transformers+bitsandbytes" in text
+    assert "folder in NF4 for bitsandbytes" in text and "in fp32" in text and "transformers+bitsandbytes" in text
+
+
+def test_a_measured_run_says_what_its_packed_maps_cost_in_time(place: Path, tmp_path: Path) -> None:
+    run = finished(place, "full | nf4")
+    (measured,) = runs.measure([run], inference.tested(run), options=ONCE, peaks=False)
+    (found,) = measured.record["slowdowns"]
+    assert found["format"] == "nf4" and found["shape"] == [16, 16] and found["environment"]["cpu"] == measured.record["environment"]["cpu"]
+    assert [t["tokens"] for t in found["times"]] == [1, 8, 32, 128, 512] and all(t["fp32"] > 0 and t["bf16"] > 0 for t in found["times"])
+    for folder in (run.folder, exports.write(measured, tmp_path / "export")):
+        assert f"| 128 | {found['times'][3]['fp32']:.2g} | {found['times'][3]['bf16']:.2g} |" in (folder / "README.md").read_text()
 
 
 def test_bitsandbytes_takes_nf4_alone(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +145,7 @@ def test_bitsandbytes_takes_nf4_alone(place: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(Incompatible, match=r"blocks of 64.*has 16 inputs; take an nf4\(block=...\)"):
         exports.write(finished(place, "full | nf4"), tmp_path / "export", to="bitsandbytes")
     monkeypatch.setitem(parity.DRIFT, "nf4", -1.0)
-    with pytest.raises(Incompatible, match=r"NF4 folder for bitsandbytes answers otherwise.*off by"):
+    with pytest.raises(Incompatible, match=r"folder in NF4 for bitsandbytes answers otherwise.*off by"):
         exports.write(finished(place, "full | nf4", "bert-64"), tmp_path / "export", to="bitsandbytes")
     monkeypatch.setattr(bitsandbytes_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Incompatible, match="pip install bitsandbytes"):

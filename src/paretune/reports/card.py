@@ -100,7 +100,8 @@ def _costs(record: Record) -> list[str]:
 
 def _export(parity: Record) -> list[str]:
     """How near the export answers to the model that was scored and measured."""
-    return [f"{parity['title']}. On {parity['rows']} test rows it scores {parity['score']:.4f} where the model it was made from scores "
+    title = parity.get("title") or f"{parity['form']} ONNX graph"  # as records of before have it
+    return [f"A {title}. On {parity['rows']} test rows it scores {parity['score']:.4f} where the model it was made from scores "
             f"{parity['model_score']:.4f}, and its logits are off by a share of {parity['drift']:.2g}. The scores above are that model's.",
             *(f"- {note}" for note in parity.get("notes", ()))]  # fmt: skip
 
