@@ -13,7 +13,8 @@ from paretune.errors import BackboneError, all_of
 
 # extra -> the distributions it brings, as pyproject.toml has them
 _OPTIONAL = {
-    "gpu": ("nvidia-ml-py",), "image": ("pillow",), "audio": ("soundfile",), "onnx": ("onnxruntime", "onnxscript", "onnx"), "text": ("sacrebleu", "rouge-score"),
+    "gpu": ("nvidia-ml-py",), "image": ("pillow",), "audio": ("soundfile",), "onnx": ("onnxruntime", "onnxscript", "onnx", "onnx-ir"),
+    "text": ("sacrebleu", "rouge-score"),
     "search": ("optuna", "sqlalchemy"), "postgresql": ("psycopg",), "ray": ("ray",),
 }  # fmt: skip
 _PEERS = ("pytest", "pytest-timeout", "pytest-xdist", "ruff", "peft", "bitsandbytes", "torchao")
