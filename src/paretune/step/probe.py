@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from paretune import anatomy, seams
 from paretune.methods.modifiers.schedule import Schedule
-from paretune.step import cross_entropy, narrow, packing, short_attention
+from paretune.step import cross_entropy, mapped, narrow, packing, short_attention
 from paretune.step.dropout import cheap as cheap_dropout
 
 TOKENS = 1024  # at most so many are in the batch that is timed
@@ -212,11 +212,13 @@ def _working_copies(model: nn.Module) -> Iterator[None]:
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     kept: list[tuple[nn.Parameter, Tensor]] = []
+    files = mapped.Mapped()
     for module in model.modules():
         weight = module._parameters.get("weight") if anatomy.is_linear(module) else None
         if weight is not None and not weight.requires_grad and owners[id(weight)] == 1 and weight.dtype == torch.float32:
             kept.append((weight, weight.data))
             weight.data = weight.data.to(torch.bfloat16)
+            files.let_go(kept[-1][1])
     try:
         yield
     finally:
