@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from paretune import backbones, hub, processors, store, surgery
+from paretune import anatomy, backbones, hub, processors, store, surgery
 from paretune.errors import Incompatible, one_of
 from paretune.methods.transforms.nf4 import NF4
 from paretune.parity import Answers, Parity, require_rows
@@ -40,7 +40,7 @@ def write(model: nn.Module, task: Task, *, folder: Path, auto: str, name: str) -
     answers = Answers.of(model, task)
     model.config.__dict__.pop("attn_implementation", None)
     packed = {path for path, module in model.named_modules() if isinstance(module, Packed)}
-    about = _config(method, float_maps=[path for path, m in model.named_modules() if path not in packed and _is_map(m)])
+    about = _config(method, float_maps=[path for path, m in model.named_modules() if path not in packed and anatomy.is_linear(m)])
     model.save_pretrained(folder, state_dict=tensors)
     config = store.read_json(folder / "config.json")
     store.write_json(folder / "config.json", {k: v for k, v in config.items() if k != "attn_implementation"} | {"quantization_config": about})
@@ -78,10 +78,6 @@ def _method(model: nn.Module, task: Task, *, name: str) -> NF4:
 
 
 _WORDS = {"patches": "adapters", "selected": "adapters", "resized": "maps of other shapes", "shared": "shared layers"}
-
-
-def _is_map(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"  # what transformers would make maps of bitsandbytes from
 
 
 def _config(method: NF4, *, float_maps: list[str]) -> dict[str, Any]:
