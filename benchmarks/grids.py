@@ -1,6 +1,6 @@
 """Tables of recipes by tasks: few examples, little data, ranks and places of LoRA, prompts, causal models.
 
-    python -m benchmarks.grids few-shot [--hours 1]       (or defaults, low-data, batches, lora-ranks, prompts, causal)
+    python -m benchmarks.grids few-shot [--hours 1]       (or defaults, low-data, batches, dropout, lora-ranks, prompts, causal)
 
 Needs the folder of data sets (`benchmarks/data.py`). Rates are the cards' own; nothing is chosen on the test rows.
 """
@@ -39,6 +39,7 @@ class Grid:
     fields: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # the figures shown of a column, where not the score alone
     claims: tuple[tuple[str, str, str], ...] = ()  # what the weaker recipes have in their text, the stronger in its place, who found that
     claimed: str = "score"  # the figure that the claims are about
+    intervals: bool = False  # are scores shown with 95 % intervals over seeds (Student's t), not with the lowest and the highest?
 
     def cells(self) -> Iterator[Cell]:
         """Every recipe on every task; seeds outermost."""
@@ -60,11 +61,12 @@ class Grid:
         for recipe in self.recipes:
             found = {c: [table.found(f"{recipe} {c} {s}") for s in self.seeds] for c in self.columns}
             every = [f for fs in found.values() for f in fs]
-            scores = [cells.mean_range(found[c], field=field, times=self.times) for c, field in self._shown()]
+            scores = [cells.mean_interval(found[c]) if self.intervals else cells.mean_range(found[c], field=field, times=self.times) for c, field in self._shown()]
             rows.append([f"`{recipe}`", *scores, cells.mean(every, "trainable_parameters"), cells.mean(every, "train_cpu_s")])
         shown = cells.markdown(["recipe", *(c if field == "score" else f"{c}, {field}" for c, field in self._shown()), "trainable", "train CPU s"], rows)
         made = f"Made by `python -m benchmarks.grids {table.name}` from the files in `benchmarks/results/{table.name}/`; `--table` makes it again from them."
-        about = f"{self.about} Mean over {len(self.seeds)} seeds, with the lowest and the highest."
+        spread = "the half width of its 95 % interval (Student's t)" if self.intervals else "the lowest and the highest"
+        about = f"{self.about} Mean over {len(self.seeds)} seeds, with {spread}."
         return "\n\n".join([f"# {self.title}", about, shown, *self._order(table), made]) + "\n"
 
     def _order(self, table: Table) -> list[str]:
@@ -111,6 +113,7 @@ def _visits(total: int) -> Callable[[Task], float]:
 
 _SPOKEN = {"BLEU": ("bleu", 100.0), "NIST": ("nist", 1.0), "ROUGE-L": ("rouge_l", 100.0), "chrF": ("chrf", 100.0)}  # heading -> metric, times
 _CAUSAL = ("full", "lora(r=8)", "adapter", "prefix", "bitfit")
+_DROPPING = ("lora(r=8)", "adapter", "ia3")
 
 GRIDS = {
     "few-shot": Grid(
@@ -145,6 +148,15 @@ GRIDS = {
         title="Batches for little data",
         about="Accuracy in percent on 500 test texts of SST-2 after three epochs, the cards' own rates: as many examples are visited whatever the batch.",
         recipes=tuple(f"{method} + schedule(batch={size})" for method in ("lora(r=8)", "full") for size in (32, 16, 8)), columns=_little("sst2", 100, 300),
+    ),
+    "dropout": Grid(
+        title="Dropout around adapters",
+        about="Accuracy in percent on 500 test texts after three epochs, the cards' own rates. `dropout=False` takes the dropout of the checkpoint (BERT's 0.1) out of "
+        "all that a step computes, the frozen layers and the head; with `dropout=True`, the default, it stays. CPU seconds are of one thread, in runs one after another.",
+        recipes=tuple(f"{method} + schedule(dropout={kept})" for method in _DROPPING for kept in (True, False)),
+        columns=_little("sst2", 400, 2000) | _little("trec6", 2000), seeds=(0, 1, 2, 3, 4), intervals=True,
+        claims=tuple((f"{method}dropout=False", f"{method}dropout=True", "Srivastava et al. 2014, of networks that learn as a whole")
+                     for method in ("", *(f"{method} + schedule(" for method in _DROPPING))),
     ),
     "prompts": Grid(
         title="Length and start of a prompt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 
@@ -19,26 +20,24 @@ started = time.process_time()
 seconds = time.process_time() - started
 print(seconds, *[name for name in {heavy!r} if name in sys.modules])
 """
-BODIES = {
-    "package": "import paretune",
-    "names": "import paretune; dir(paretune)",
-    "catalogue": "from paretune import registry; [registry.describe(n) for n in registry.names()]",
-    "unknown recipe": "import paretune\ntry: paretune.parse('nothing')\nexcept ValueError: pass",
-    "command line": "from paretune import cli",
+BODIES = {  # what is done first in a process, and the CPU seconds that it may take
+    "package": ("import paretune", 0.1),
+    "names": ("import paretune; dir(paretune)", 0.5),
+    "catalogue": ("from paretune import registry; [registry.describe(n) for n in registry.names()]", 0.5),
+    "unknown recipe": ("import paretune\ntry: paretune.parse('nothing')\nexcept ValueError: pass", 0.5),
+    "command line": ("from paretune import cli", 0.5),
 }
 
 
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_nothing_heavy_is_imported_and_half_a_second_suffices(body):
-    best = 1e9
-    for _ in range(3):  # other processes may be at work beside
+@pytest.mark.parametrize("body, most", BODIES.values(), ids=BODIES)
+def test_nothing_heavy_is_imported_and_little_time_suffices(body, most):
+    found = []
+    for _ in range(3):  # processes that are at work beside cost processor time, too
         child = subprocess.run([sys.executable, "-c", CODE.format(body=body, heavy=HEAVY)], capture_output=True, text=True, check=True)
         seconds, *loaded = child.stdout.split()
         assert not loaded
-        best = min(best, float(seconds))
-        if best < 0.5:
-            return
-    assert best < 0.5
+        found.append(float(seconds))
+    assert statistics.median(found) < most
 
 
 @pytest.mark.parametrize("name", [n for n in registry.names() if not registry.is_recipe(n)])

@@ -17,6 +17,7 @@ from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.options import Options
+from paretune.step import dropout, probe
 from paretune.tasks.kinds import KINDS
 from paretune.training import Loop, Settings
 
@@ -47,6 +48,21 @@ def test_a_head_that_is_not_trained_stays():
     before = model.classifier.weight.detach().clone()
     work.fitted(model, work.text_task(), head=False)
     assert torch.equal(model.classifier.weight, before)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_dropout_is_the_checkpoint_s_the_head_s_and_the_adapters_own(kept):
+    """By what is computed: which shares are drawn with in a training pass, all of them different."""
+    model, drawn = work.ready("bert"), set()
+    surgery.attach(model, [LoRA(r=2, dropout=0.5)])
+    for module, share in ((model.bert.embeddings.dropout, 0.2), (model.bert.encoder.layer[0].output.dropout, 0.3), (model.dropout, 0.4)):
+        module.p = share
+    with pytest.MonkeyPatch.context() as patch, probe.paced(model, probe.Pace(), dropout=kept):
+        for place in (dropout, torch.nn.functional):
+            name, own = ("dropped", dropout.dropped) if place is dropout else ("dropout", torch.nn.functional.dropout)
+            patch.setattr(place, name, lambda x, p=0.5, *rest, own=own, **how: drawn.add(p) or own(x, p, *rest, **how))
+        model.train()(**tiny.inputs("bert"))
+    assert {0.2, 0.3, 0.4, 0.5} <= drawn if kept else drawn <= {0.0}
 
 
 def test_dropout_off_makes_training_independent_of_its_noise():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import numpy
 import pytest
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from paretune import batches, store, surgery
 from paretune.events import Events
-from paretune.features import cuts, shelves
+from paretune.features import Features, cuts, shelves
 from paretune.methods.adapters.head import Head
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.adapters.prompt import Prompt
@@ -189,6 +190,30 @@ def test_dropout_stays_in_what_learns_and_is_gone_from_what_is_frozen():
     assert said["bert.encoder.layer.1.output.dropout"] == {True} == said["dropout"]
     assert said["bert.embeddings.dropout"] == {False} == said["bert.encoder.layer.0.output.dropout"]
     assert model.bert.embeddings.dropout.training == model.training
+
+
+def said_about(method, *, processes=1, **knobs):
+    """The lines that a phase says of what is frozen."""
+    said, spy = [], Spy()
+    work.fitted(adapted("bert", method), work.text_task(), spy, report=lambda info: said.append(info.get("said")), **knobs)
+    if processes > 1:  # what `Features` says where a launcher started several
+        said.clear()
+        spy.loop.accelerator = types.SimpleNamespace(num_processes=processes, device=torch.device("cpu"))
+        Features(spy.loop, [])
+    return [text for text in said if text]
+
+
+@pytest.mark.parametrize("epochs, processes, how", [(1.0, 1, "in every epoch"), (2.0, 1, "once per example"), (2.0, 2, "in every epoch")])
+def test_dropout_that_frozen_parts_lose_is_never_lost_in_silence(epochs, processes, how):
+    (line,) = said_about(TopLayers(k=1), epochs=epochs, processes=processes, dropout=True)
+    assert how in line and "without dropout" in line and "schedule(cache=False)" in line
+
+
+def test_where_no_dropout_is_lost_none_is_spoken_of():
+    assert said_about(TopLayers(k=1), epochs=1.0, dropout=False) == said_about(TopLayers(k=1), epochs=2.0, dropout=True, cache=False) == []
+    assert said_about(LoRA(r=2), epochs=2.0, dropout=True) == [], "LoRA in all layers leaves dropout where it was"
+    (line,) = said_about(TopLayers(k=1), epochs=2.0, dropout=False)
+    assert "once per example" in line and "dropout" not in line
 
 
 # --- resume ---------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from paretune.features import cuts
 from paretune.features.cuts import Cut
 from paretune.features.shelves import Shelf, nbytes
 from paretune.meters import flops
+from paretune.step import probe
 from paretune.units import show
 
 if TYPE_CHECKING:
@@ -101,21 +102,27 @@ class Features:
     def __init__(self, loop: Loop, watched: list[dict[str, Any]]) -> None:
         self.loop, self.cut = loop, cuts.found(loop) if allowed(loop) else None
         self.train, self.watched = (Split(loop.model, encodings, self.cut) for encodings in (loop.encodings, watched))
-        if self.cut is not None and loop.schedule.epochs > 1 and loop.accelerator.num_processes == 1:
-            self._shelve(self.cut, torch.bfloat16 if loop.pace.dtype == "bf16" else torch.float32)
+        if self.cut is None:
+            return
+        quiet = ", without dropout (`schedule(cache=False)` keeps it)" if any(probe.dropouts(cuts.frozen(loop.model, self.cut))) else ""
+        again = loop.schedule.epochs > 1 and loop.accelerator.num_processes == 1  # will what is kept be read?
+        how = self._shelve(self.cut, torch.bfloat16 if loop.pace.dtype == "bf16" else torch.float32) if again else "in every epoch"
+        if loop.settings.report and (again or quiet):
+            loop.settings.report({"said": f"what is frozen below all that learns is computed {how}{quiet}"})
 
-    def _shelve(self, cut: Cut, dtype: torch.dtype) -> None:
+    def _shelve(self, cut: Cut, dtype: torch.dtype) -> str:
+        """Makes room for what is kept, where there is any; says how often f is computed, and what it takes or would take to keep it."""
         splits, folder = {"train": self.train, "watched": self.watched}, self.loop.settings.folder
         size = sum(nbytes(split.most, width=cut.width, dtype=dtype) for split in splits.values())
         folder = folder and folder / FOLDER / self._name(cut, dtype)
         refused = _refused(folder, size)
-        if self.loop.settings.report:
-            how = f"once per example, and kept: {show(size, 'B')}" if refused is None else f"in every epoch; keeping it takes {show(size, 'B')}: {refused}"
-            self.loop.settings.report({"said": f"what is frozen below all that learns is computed {how}"})
-        for name, split in splits.items() if refused is None else ():
+        if refused is not None:
+            return f"in every epoch (keeping it takes {show(size, 'B')}: {refused})"
+        for name, split in splits.items():
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
             split.shelf = Shelf(folder and folder / name, split.most, width=cut.width, dtype=dtype)
+        return f"once per example, and kept ({show(size, 'B')})"
 
     def _name(self, cut: Cut, dtype: torch.dtype) -> str:
         """Names all that decides the features: weights, data, tokenizer, truncation, number format, attention kernel, depth."""

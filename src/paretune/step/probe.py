@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,12 @@ def choose(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], schedule: S
         _CHOSEN[key] = fastest(timed, formats=_formats(model, first), kernels=kernels, passes=passes)
         torch.set_rng_state(state)
     return _CHOSEN[key]
+
+
+def forget() -> None:
+    """Forgets what was chosen and timed, as a new process would: the next phase times anew."""
+    _CHOSEN.clear()
+    _product_seconds.cache_clear()
 
 
 def fastest(timed: Callable[..., float], *, formats: Sequence[str], kernels: Sequence[str], passes: float) -> Pace:
@@ -226,15 +232,20 @@ def _working_copies(model: nn.Module) -> Iterator[None]:
             weight.data = data
 
 
-@contextlib.contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    changed: list[tuple[Any, str, float]] = []
-    for module in model.modules():
+def dropouts(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str, float]]:
+    """(module, the attribute that holds it, its share) of each dropout in these modules that drops anything."""
+    for module in modules:
         for name in ("p",) if isinstance(module, nn.Dropout) else DROPOUTS:
             value = getattr(module, name, None)
             if isinstance(value, float) and value:
-                changed.append((module, name, value))
-                setattr(module, name, 0.0)
+                yield module, name, value
+
+
+@contextlib.contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    changed = list(dropouts(model.modules()))
+    for module, name, _ in changed:
+        setattr(module, name, 0.0)
     try:
         yield
     finally:

@@ -47,7 +47,7 @@ class Schedule(Modifier):
     clip: float = knob(1.0, "largest norm of the gradient; 0 leaves it, and a step of one pass then lets each gradient go as soon as its weight has moved", low=0.0)
     patience: int = knob(2, "epochs without a better validation score before training stops; they have to be 50 steps, too", low=1)
     dtype: str = knob("auto", "number format of the computation; auto probes which is faster here", choices=("auto", "fp32", "bf16"))
-    dropout: bool = knob(True, "keep the backbone's dropout while training")
+    dropout: bool = knob(True, "the checkpoint's dropout and the adapters' own while training; False: none anywhere, in the head neither")
     cache: bool = knob(True, "what is frozen below all that learns is computed without dropout, and once per example; False: in every epoch, with dropout")
     head: bool = knob(True, "train the task's head")
 
