@@ -37,10 +37,11 @@ class NotYetError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of a table: a name, unique within it, and how to get its figures (a JSON object)."""
+    """One run of a table: a name, unique within it, how to get its figures (a JSON object), and whether it takes so long that it is run only with --long."""
 
     name: str
     run: Callable[[], dict[str, Any]]
+    long: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +66,12 @@ class Table:
         parser.add_argument("--hours", type=float, default=1.0, help="begin no cell after so many hours")
         parser.add_argument("--only", default="", help="cells whose name holds this text")
         parser.add_argument("--afresh", action="store_true", help="run the cells that were run, too")
+        parser.add_argument("--long", action="store_true", help="run the cells that take long, too")
         parser.add_argument("--table", action="store_true", help="write the page from the files alone")
         asked = parser.parse_args()
         until = 0.0 if asked.table else time.monotonic() + 3600 * asked.hours
         for cell in self.cells():
-            if asked.only in cell.name and time.monotonic() < until:
+            if asked.only in cell.name and (asked.long or not cell.long) and time.monotonic() < until:
                 with self._alone(cell.name) as free, contextlib.suppress(NotYetError):
                     if free and (asked.afresh or not self.file(cell.name).is_file()):
                         self.fill(cell)
@@ -93,6 +95,13 @@ class Table:
         self.file(cell.name).parent.mkdir(parents=True, exist_ok=True)
         self.file(cell.name).write_text(json.dumps(figures, indent=1) + "\n")
         print(f"{cell.name}: {figures['score']:.4f} in {figures['wall_s']:.0f} s", flush=True)
+
+
+def verdict(figure: float | None, *, least: float | None = None, most: float | None = None) -> str:
+    """Is a target met? Of a figure that is to be at least, or at most, so much."""
+    if figure is None:
+        return NOT_RUN
+    return "met" if (least is None or figure >= least) and (most is None or figure <= most) else "not met"
 
 
 def fresh(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The same work in paretune, peft, adapters, transformers' Trainer and a plain loop, side by side.
 
-    make bench          measures every cell anew, three quarters of an hour; or
+    make bench          measures every cell anew but the long one, about 25 minutes on 2 cores; or
     python -m benchmarks.contest [--afresh] [--hours 1] [--only mrpc]
+    python -m benchmarks.contest --long --only all      the long one: LoRA on all sentences of SST-2, about a quarter of an hour
 
-A cell is a subject and a method. Its contestants work in turn (A B C ..., then ... C B A, and so on), each in a process of its own
-that keeps its library loaded; only one works at a time. All get the same encodings, batch, epochs and rate, and the same
-parameters learn. Time and memory are from before the model is loaded until it is trained. Needs the folder of data sets
-(`benchmarks/data.py`) and, for the `adapters` library, `make .venv-oracles/ready`.
+A cell is a subject and a method. Its contestants work in turn (A B C ..., then ... C B A, and so on; every round has its own seed), each
+in a process of its own that keeps its library loaded; only one works at a time. All get the same encodings, batch, epochs and rate, and
+the same parameters learn. Time is from the loaded model until it is trained, memory from before the model is loaded. Needs the folder of
+data sets (`benchmarks/data.py`) and, for the `adapters` library, `make .venv-oracles/ready`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from benchmarks.cells import Cell, Table
 from paretune import backbones, recipe, surgery, tasks, training
 from paretune.meters import system
 from paretune.methods.modifiers.schedule import Schedule
-from paretune.step import short_attention
+from paretune.pareto import intervals
+from paretune.step import probe, short_attention
 from paretune.tasks import Task
 
+PROTOCOL = 2  # of the files: 1 timed the loading of models, too, on other sizes; the page leaves such files out
 ROUNDS, LONGEST = 3, 256
 OURS, AGAIN, DOCUMENTED, GIVEN, ADAPTERS, PLAIN = "paretune", "paretune again", "as documented", "given our format", "adapters", "plain loop"
 
@@ -58,7 +61,8 @@ METHODS = {
     "full": Method("full", 1e-4, itself="full"),
     "head": Method("head", 3e-3, itself="head", epochs=5),
     "top layers": Method("top_layers(k=2)", 1e-4, itself="top_layers", epochs=5),
-    "lora of a decoder": Method('lora(r=8, targets="query value")', 1e-3, ("LoraConfig", LORA | {"target_modules": ["q_proj", "v_proj"]})),
+    "lora of a decoder": Method('lora(r=8, targets="query value")', 1e-3, ("LoraConfig", LORA | {"target_modules": ["q_proj", "v_proj"]}),
+                                ("LoRAConfig", {"r": 8, "alpha": 16})),
 }  # fmt: skip
 
 
@@ -66,17 +70,22 @@ METHODS = {
 class Subject:
     """A model and its data."""
 
-    rows: int
+    task: str  # of `benchmarks.data`; empty are blocks of the books, for a decoder
+    rows: int | None  # to train on; None is all
     batch: int
     methods: tuple[str, ...]
     length: int = 0  # tokens of a decoder's blocks; 0 is MiniLM
+    test: int | None = 200  # texts; None is all
+    long: bool = False  # run only where it is asked for
 
 
+ON_MINILM = ("lora", "adapter", "ia3", "bitfit", "full", "head")
 SUBJECTS = {
-    "SST-2": Subject(640, 32, ("lora", "adapter", "ia3", "bitfit", "full", "head", "top layers")),
-    "MRPC": Subject(320, 32, ("lora", "adapter", "full")),
-    "decoder, 256 tokens": Subject(40, 8, ("lora of a decoder", "full"), 256),
-    "decoder, 1,024 tokens": Subject(10, 2, ("lora of a decoder", "full"), 1024),
+    "SST-2": Subject("sst2", 320, 32, (*ON_MINILM, "top layers")),
+    "MRPC": Subject("mrpc", 160, 32, ON_MINILM),
+    "decoder, 256 tokens": Subject("", 24, 8, ("lora of a decoder", "full"), 256),
+    "decoder, 1,024 tokens": Subject("", 6, 2, ("lora of a decoder", "full"), 1024),
+    "all of SST-2": Subject("sst2", None, 32, ("lora",), test=None, long=True),
 }
 PAGE, SERVE = "benchmarks", "--serve"  # docs/benchmarks.md; the option of the process that does paretune's jobs
 
@@ -85,7 +94,7 @@ def every_cell() -> Iterator[Cell]:
     """Every subject by each of its methods."""
     for name, subject in SUBJECTS.items():
         for method in subject.methods:
-            yield Cell(_cell(name, method), functools.partial(one, name, method))
+            yield Cell(_cell(name, method), functools.partial(one, name, method), subject.long)
 
 
 def _cell(subject: str, method: str) -> str:
@@ -93,7 +102,7 @@ def _cell(subject: str, method: str) -> str:
 
 
 def one(subject: str, method: str) -> dict[str, Any]:
-    """The rounds of a cell: figures by contestant; the score is how many times the CPU time of paretune the documented way needs."""
+    """The rounds of a cell: figures by contestant; `score` is how many times the CPU time of paretune the documented way needs."""
     about, how = SUBJECTS[subject], METHODS[method]
     rounds: list[dict[str, Any]] = []
     pace: dict[str, str] = {}  # as paretune chose it in the first round
@@ -113,8 +122,8 @@ def one(subject: str, method: str) -> dict[str, Any]:
                 found[name] = _figures(task, _asked(who["library"], job), visited=len(train) * how.epochs)
                 pace = pace or found[name].get("pace", {})
             rounds.append(found)
-    return {"score": statistics.median(r[DOCUMENTED]["cpu_s"] / r[OURS]["cpu_s"] for r in rounds), "pace": pace, "rounds": rounds,
-            "train": len(train), "tokens": sum(len(e["input_ids"]) for e in train), "environment": system.describe()}  # fmt: skip
+    return {"score": statistics.median(r[DOCUMENTED]["cpu_s"] / r[OURS]["cpu_s"] for r in rounds), "protocol": PROTOCOL, "pace": pace, "rounds": rounds,
+            "train": len(train), "test": len(test), "tokens": sum(len(e["input_ids"]) for e in train), "environment": system.describe()}  # fmt: skip
 
 
 def _contestants(how: Method) -> dict[str, dict[str, Any]]:
@@ -147,100 +156,186 @@ def _subject(name: str, folder: str) -> tuple[str, Task]:
     """(backbone, task); a decoder is in the folder."""
     about = SUBJECTS[name]
     if about.length:
+        assert about.rows
         return folder, data.books(tokens=about.rows * about.length)
-    return str(backbones.find("minilm").source), data.task(name.lower().replace("-", ""), train=about.rows, validation=0, test=400)
+    return str(backbones.find("minilm").source), data.task(about.task, train=about.rows, validation=0, test=about.test)
 
 
 def _figures(task: Task, found: dict[str, Any], *, visited: int) -> dict[str, Any]:
-    """What is kept of an answer."""
-    kept = {"examples_per_s": visited / found["whole_s"], "cpu_s": found["whole_cpu_s"], "added_mb": found["added_mb"], "peak_mb": found["train_peak_mb"]}
+    """What is kept of an answer; the others' are logits, or a decoder's mean losses."""
+    kept = {"examples_per_s": visited / found["train_s"], "cpu_s": found["train_cpu_s"], "whole_s": found["whole_s"], "whole_cpu_s": found["whole_cpu_s"],
+            "added_mb": found["added_mb"], "peak_mb": found["train_peak_mb"], "trainable_parameters": found["trainable_parameters"]}  # fmt: skip
+    kept |= {k: found[k] for k in ("score", "right", "pace", "versions") if k in found}
     answers = found.get("predictions")
     if answers is None:
-        return kept | {"score": found["score"], "pace": found["pace"]}
-    if task.labels:
-        return kept | {"score": tasks.score(task, torch.tensor(answers).softmax(-1).tolist(), rows=task.test), "versions": found["versions"]}
-    return kept | {"score": math.exp(statistics.mean(answers)), "versions": found["versions"]}
+        return kept
+    return kept | (_marks(task, torch.tensor(answers).softmax(-1).tolist()) if task.labels else {"score": math.exp(statistics.mean(answers))})
+
+
+def _marks(task: Task, answers: list[Any]) -> dict[str, Any]:
+    """The score on the test texts, and for each of them a 1 or a 0, where the score is their mean."""
+    each = tasks.per_example(task, answers, rows=task.test) if task.labels else None
+    return {"score": tasks.score(task, answers, rows=task.test), "right": "".join(f"{x:.0f}" for x in each or ())}
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """What paretune makes of a job, as `pt.fit` does it by default."""
+    """What paretune makes of a job, as `pt.fit` does it by default, and as a process would that trains for the first time."""
     backbone, task = _subject(job["subject"], job["source"])
     (phase,) = recipe.parse(job["config"]).phases
     torch.manual_seed(job["seed"])
+    probe.forget()
     with peers.Window() as spent:
         model = pt.load(backbone, task)
         surgery.attach(model, list(phase), name="method", on_top=True)
+        begun = spent.so_far()
         schedule = Schedule(lr=job["lr"], epochs=float(job["epochs"]), batch=job["batch"])
         fitted = training.fit(model, task, schedule=schedule, settings=training.Settings(seed=job["seed"]))
-    answers = training.predict(model, task, rows=task.test)
     pace = {"dtype": fitted.dtype, "attention": "eager" if fitted.attention == short_attention.NAME else fitted.attention}  # the others have not ours
-    return {**spent.figures, "score": tasks.score(task, answers, rows=task.test), "pace": pace}
+    taken = {"train_s": spent.figures["whole_s"] - begun[0], "train_cpu_s": spent.figures["whole_cpu_s"] - begun[1]}
+    return {**_marks(task, training.predict(model, task, rows=task.test)), **spent.figures, **taken, "pace": pace,
+            "trainable_parameters": surgery.count(model)[0]}  # fmt: skip
 
 
 def page(table: Table) -> str:
     """docs/benchmarks.md, from the files."""
-    found = {(s, m): table.found(_cell(s, m)) for s, subject in SUBJECTS.items() for m in subject.methods}
-    some = next(filter(None, found.values()), None)
+    found = {(s, m): _today(table.found(_cell(s, m))) for s, subject in SUBJECTS.items() for m in subject.methods}
+
+    def shown(field: str, digits: int = 0, times: float = 1.0) -> str:
+        return _table(found, lambda f: [_spread([times * r[name][field] for r in f["rounds"] if name in r], digits) for name in (OURS, *_OTHERS)])
+
     return f"""# The same work in paretune and in others
 
-{_about(some) if some else cells.NOT_RUN}
+{_about(list(filter(None, found.values())))}
 
-CPU time of the others over that of paretune in the same round (above 1, paretune needs less): the median of {ROUNDS} rounds, with the lowest and the highest.
 "{AGAIN}" is the A/A control. "{DOCUMENTED}" is the library's Trainer as its documentation shows it (peft for LoRA and (IA)3, `adapters` for the bottleneck
 adapter, transformers for the rest), "{GIVEN}" the same with the number format and attention kernel that paretune chose and with batches of like
-length, "{ADAPTERS}" the `adapters` library with those, "{PLAIN}" a loop written by hand, with those, too. In paretune's first round the timing of formats and
-kernels is counted in, which its process then remembers (in the very first cell before its rounds): the lowest figures are of that round.
+length, "{ADAPTERS}" the `adapters` library with those, "{PLAIN}" a loop written by hand, with those, too. paretune times formats and kernels anew in every
+round, as a fresh process does, and that is counted in; so is reading its texts into tokens, which the others are given. Figures are medians of {ROUNDS} rounds, with
+the lowest and the highest. One cell is long and not of `make bench`: LoRA on all sentences of SST-2; a short cell has a few steps, which says less of the score.
 
-{cells.markdown(["method", "examples/s", *_OTHERS], _rows(found, _ratios))}
+## Targets
 
-Peak memory that training adds to what the process held with its libraries loaded, MB; medians.
+{_targets(found)}
 
-{cells.markdown(["method", OURS, *_OTHERS], _rows(found, _memory))}
+The quotient of examples per second, or of the memory added, in the same round: the median, with the lowest and the highest, and whether the median meets the
+target. Where peft has not the method there is no figure. "Five epochs" is against the way documented, which computes the whole model in each.
 
-Scores: accuracy in percent on 400 test texts, of the decoder, whose weights were random, perplexity; medians. After 20 steps chance in the order of the texts
-makes many points of difference: [methods by tasks](adaptation.md) has the scores of longer trainings.
+## Examples per second, by the wall clock
 
-{cells.markdown(["method", OURS, *_OTHERS], _rows(found, _scores))}
+{shown("examples_per_s")}
 
-Made by `make bench` (`python -m benchmarks.contest`) from the files in `benchmarks/results/{PAGE}/`; `--table` makes it again from them.
+## CPU seconds
+
+{shown("cpu_s", 1)}
+
+## Memory
+
+The peak that training adds to what the process held with its libraries loaded and no model, MB:
+
+{shown("added_mb")}
+
+The process's peak itself, MB:
+
+{shown("peak_mb")}
+
+## Scores
+
+Accuracy in percent, of the decoder, whose weights were random, perplexity.
+
+{_table(found, _scores)}
+
+The long cell, over {ROUNDS} seeds and the test texts, with 95 % intervals (bootstrap); the difference is paired text by text, and "within noise" if its interval
+has 0 in it:
+
+{_equal(found)}
+
+Made by `make bench` (`python -m benchmarks.contest`, and with `--long --only all` for the long cell) from the files in `benchmarks/results/{PAGE}/`; `--table`
+makes it again from them.
 """
 
 
+Found = dict[tuple[str, str], dict[str, Any] | None]  # (subject, method) -> the file
 _OTHERS = (AGAIN, DOCUMENTED, GIVEN, ADAPTERS, PLAIN)
+TARGETS = (  # title, field, of whom, at least or at most, of which methods
+    ("peft as documented: examples/s, at least 5.5", "examples_per_s", DOCUMENTED, {"least": 5.5}, lambda m: METHODS[m].peft),
+    ("peft given our format: examples/s, at least 2.5", "examples_per_s", GIVEN, {"least": 2.5}, lambda m: METHODS[m].peft),
+    ("plain loop: examples/s, at least 1", "examples_per_s", PLAIN, {"least": 1.0}, lambda m: True),
+    ("peft as documented: memory, at most 0.7", "added_mb", DOCUMENTED, {"most": 0.7}, lambda m: METHODS[m].peft),
+    ("peft given our format: memory, at most 0.7", "added_mb", GIVEN, {"most": 0.7}, lambda m: METHODS[m].peft),
+    ("five epochs: examples/s, at least 10", "examples_per_s", DOCUMENTED, {"least": 10.0}, lambda m: METHODS[m].epochs == 5),
+)
 
 
-def _about(some: dict[str, Any]) -> str:
-    machine = some["environment"]
-    versions = {k: v for r in some["rounds"] for f in r.values() for k, v in f.get("versions", {}).items()}
-    sizes = "; ".join(f"{name}: {s.rows} examples in batches of {s.batch}" for name, s in SUBJECTS.items())
+def _today(cell: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A cell's file, unless it is of an older protocol."""
+    return cell if cell and cell.get("protocol") == PROTOCOL else None
+
+
+def _about(known: list[dict[str, Any]]) -> str:
+    if not known:
+        return f"By today's protocol no cell was run yet: {cells.NOT_RUN}."
+    machine = known[0]["environment"]
+    versions = {k: v for f in known for r in f["rounds"] for who in r.values() for k, v in who.get("versions", {}).items() if k != "transformers"}
+    several = sorted({who["versions"]["transformers"] for f in known for r in f["rounds"] for who in r.values() if "versions" in who})
+    sizes = "; ".join(f"{name}: {s.rows or 'all'} examples in batches of {s.batch}" for name, s in SUBJECTS.items())
     longer = ", ".join(f"{m.epochs} of `{m.recipe}`" for m in METHODS.values() if m.epochs > 1)
-    return f"""MiniLM on two tasks, and a Llama-shaped decoder of 6 layers of width 768 on blocks of the books. {sizes}. One epoch, but {longer}. Loading the model is
-counted in. {machine.get("cpu")}, {machine["threads"]} threads; {", ".join(f"{k} {v}" for k, v in versions.items())}; commit {some["commit"]}, {some["date"]}."""
+    when = "; ".join(", ".join(sorted({f[field] for f in known})) for field in ("commit", "date"))
+    return f"""MiniLM on two tasks, and a Llama-shaped decoder of 6 layers of width 768 on blocks of the books (about so many). {sizes}. One epoch, but {longer}.
+{machine.get("cpu")}, {machine["threads"]} threads; {", ".join(f"{k} {v}" for k, v in versions.items())}, transformers {" and ".join(several)}
+(the older one for `adapters`); commit {when}."""
 
 
-def _rows(found: dict[tuple[str, str], dict[str, Any] | None], shown: Any) -> list[list[str]]:
-    return [[f"{m.removesuffix(' of a decoder')}, {s}", *(shown(f) if f else [cells.NOT_RUN] * (1 + len(_OTHERS)))] for (s, m), f in found.items()]
+def _table(found: Found, shown: Callable[[dict[str, Any]], list[str]]) -> str:
+    rows = [[_name(*key), *(shown(f) if f else [cells.NOT_RUN] * (1 + len(_OTHERS)))] for key, f in found.items()]
+    return cells.markdown(["method", OURS, *_OTHERS], rows)
 
 
-def _median(cell: dict[str, Any], name: str, field: str) -> float | None:
-    return statistics.median(r[name][field] for r in cell["rounds"]) if name in cell["rounds"][0] else None
+def _name(subject: str, method: str) -> str:
+    return f"{method.removesuffix(' of a decoder')}, {subject}"
 
 
-def _ratios(cell: dict[str, Any]) -> list[str]:
-    shown = [f"{_median(cell, OURS, 'examples_per_s'):,.0f}"]
-    for name in _OTHERS:
-        ratios = sorted(r[name]["cpu_s"] / r[OURS]["cpu_s"] for r in cell["rounds"] if name in r)
-        shown.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else "-")
-    return shown
-
-
-def _memory(cell: dict[str, Any]) -> list[str]:
-    return ["-" if (mb := _median(cell, name, "added_mb")) is None else f"{mb:,.0f}" for name in (OURS, *_OTHERS)]
+def _spread(values: list[float], digits: int) -> str:
+    """The median with the lowest and the highest."""
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})" if values else "-"
 
 
 def _scores(cell: dict[str, Any]) -> list[str]:
-    found = [_median(cell, name, "score") for name in (OURS, *_OTHERS)]
-    return ["-" if score is None else f"{100 * score:.1f}" if score < 1 else f"{score:,.0f}" for score in found]
+    values = [[r[name]["score"] for r in cell["rounds"] if name in r] for name in (OURS, *_OTHERS)]
+    return [_spread([100 * v for v in each], 1) if max(each, default=0.0) <= 1 else _spread(each, 0) for each in values]
+
+
+def _targets(found: Found) -> str:
+    """A row for each cell, a column for each target, and how many cells meet it."""
+    met: list[list[str]] = [[] for _ in TARGETS]
+    rows = []
+    for (subject, method), cell in found.items():
+        row = [_name(subject, method)]
+        for verdicts, (_, field, other, bound, has) in zip(met, TARGETS, strict=True):
+            if not has(method):
+                row.append("-")
+            elif cell is None:
+                row.append(cells.NOT_RUN)
+            else:
+                ratios = [r[OURS][field] / r[other][field] for r in cell["rounds"]]
+                verdicts.append(cells.verdict(statistics.median(ratios), **bound))
+                row.append(f"{_spread(ratios, 2)}: {verdicts[-1]}")
+        rows.append(row)
+    rows.append(["met", *(f"{verdicts.count('met')} of {len(verdicts)}" for verdicts in met)])
+    return cells.markdown(["paretune against", *(title for title, *_ in TARGETS)], rows)
+
+
+def _equal(found: Found) -> str:
+    """The scores of the long cells, and how far the others are from paretune."""
+    rows = []
+    for (subject, method), cell in ((key, f) for key, f in found.items() if SUBJECTS[key[0]].long):
+        for name in (OURS, *_OTHERS) if cell else ():
+            results, ours = ([[float(c) for c in r[who]["right"]] for r in cell["rounds"]] for who in (name, OURS))
+            low, high = intervals.bootstrap(results)
+            gap, least, most = intervals.difference(ours, results)
+            apart = "-" if name == OURS else f"{100 * gap:+.1f} ({100 * least:+.1f} to {100 * most:+.1f}), {'within noise' if least <= 0 <= most else 'told apart'}"
+            rows.append([f"{_name(subject, method)}, {name}", f"{100 * statistics.mean(map(statistics.mean, results)):.1f} ({100 * low:.1f} to {100 * high:.1f})", apart])
+        rows += [] if cell else [[_name(subject, method), cells.NOT_RUN, cells.NOT_RUN]]
+    return cells.markdown(["who", "score", "paretune less this"], rows)
 
 
 TABLE = Table(PAGE, every_cell, page)

@@ -1,43 +1,45 @@
 """How time and memory of a training step grow: with batch, length, layers, adapters and rank.
 
-    python -m benchmarks.growth [--hours 1] [--only length]
+    python -m benchmarks.growth [--hours 1] [--only length]       about ten minutes on 2 cores
 
-A BERT-shaped model of width 256 with random weights; one of the five grows, the others stay where they are. Each point is a fresh
-process that does a few steps (forward, backward, optimizer), fp32, one attention kernel, so that nothing changes along a line but what
-grows. The exponent b of cost = a n^b is fitted to the upper half of a line, where what is constant weighs least.
+A BERT-shaped model of width 256 with random weights; one of the five grows, the others stay where they are. Steps are those of the library's
+own loop, as `pt.fit` does them by default. A cell is a line: one method, one thing that grows, each in a process of its own. The exponent b of
+cost = a n^b is fitted to the upper half of a line, where what is constant weighs least.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import math
+import random
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks import cells
 from benchmarks.cells import Cell, Table
 
 HERE = {"batch": 8, "length": 64, "layers": 4, "adapters": 1, "rank": 8}
-LINES = {"batch": (4, 8, 16, 32, 64, 128), "length": (32, 64, 128, 256, 512, 1024), "layers": (2, 4, 8, 16, 32),
-         "adapters": (1, 2, 4, 8, 16), "rank": (2, 8, 32, 128)}  # fmt: skip
+LINES = {"batch": (4, 8, 16, 32, 64, 128, 256, 512), "length": (32, 64, 128, 256, 512, 1024, 2048), "layers": (2, 4, 8, 16, 32, 64),
+         "adapters": (1, 2, 4, 8, 16, 32), "rank": (2, 8, 32, 128, 256)}  # fmt: skip
 METHODS = ("full", "lora", "adapter", "ia3")
 OF_ADAPTERS = ("adapters", "rank")  # what `full` and, of the ranks, `ia3` have not
-STEPS = 5
+SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "max_position_embeddings": 2048}
+WORDS = [f"w{i}" for i in range(1000)]
+STEPS, WARM = 3, 2  # counted, and before them
+LINEAR, CLEAR = 1.0, 0.1  # the exponent of a cost that grows as what it is for; what exponents of such short lines differ by, whatever they are of
+FIGURES = (("CPU ms", "cpu_s", 1000, 0), ("added MB", "added_mb", 1, 0))  # title, field, times, digits
 
 
 def every_cell() -> Iterator[Cell]:
-    """Every point of every line."""
-    for what, sizes in LINES.items():
+    """Every line: a method, and what grows."""
+    for what in LINES:
         for method in METHODS:
             if has(method, what):
-                for n in sizes:
-                    yield Cell(f"{method} {what} {n}", functools.partial(_apart, method, what, n))
+                yield Cell(f"{method} {what}", functools.partial(cells.fresh, line, method, what))
 
 
 def has(method: str, what: str) -> bool:
@@ -45,43 +47,70 @@ def has(method: str, what: str) -> bool:
     return what not in OF_ADAPTERS or (method != "full" and not (what == "rank" and method == "ia3"))
 
 
-def _apart(method: str, what: str, n: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.growth", "--point", json.dumps({"method": method, **HERE, what: n})]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+def line(method: str, what: str) -> dict[str, Any]:
+    """The points of a line, from small to large; `score` is the exponent of the CPU time."""
+    from paretune.meters import system
+
+    point(method, HERE)  # libraries load some of their parts at work
+    points = [{"n": n, **point(method, {**HERE, what: n})} for n in LINES[what]]
+    return {"score": exponent([(p["n"], p["cpu_s"]) for p in points]), "points": points, "environment": system.describe()}
 
 
-def point(asked: dict[str, Any]) -> dict[str, float]:
-    """Median CPU seconds of a step, and what the steps add to the memory that the process had with the adapted model."""
+def point(method: str, sizes: dict[str, int]) -> dict[str, Any]:
+    """Median CPU seconds of a step, and by how much steps raise the memory that the process had with the adapted model."""
+    import torch
+
+    import paretune as pt
+    from benchmarks import limits, peers
+    from paretune import registry, surgery, tasks, training
+    from paretune.methods.modifiers.schedule import Schedule
+
+    knobs = {"lora": {"r": sizes["rank"]}, "adapter": {"bottleneck": sizes["rank"]}}.get(method, {})
+    with tempfile.TemporaryDirectory() as folder:
+        task = tasks.task(_texts(Path(folder), rows=sizes["batch"] * (WARM + STEPS), words=sizes["length"] - 2), text="text", label="label")
+        model: Any = pt.load(_backbone(Path(folder) / "model", layers=sizes["layers"]), task)
+        torch.manual_seed(0)
+        for i in range(sizes["adapters"]):
+            surgery.attach(model, [registry.get(method)(**knobs)], name=f"a{i}", on_top=True, head=i == 0)
+        if sizes["adapters"] > 1:
+            surgery.thaw(model)
+        watch = limits.Watch(time.process_time)
+        with peers.Window() as spent:
+            fitted = training.fit(model, task, schedule=Schedule(lr=1e-4, epochs=1.0, batch=sizes["batch"], cache=False), modifiers=[watch])
+    marks = watch.marks[WARM - 1 :]
+    return {"cpu_s": statistics.median(b - a for a, b in zip(marks, marks[1:], strict=False)), "added_mb": spent.figures["added_mb"],
+            "learning": sum(surgery.count(model)), "dtype": fitted.dtype, "attention": fitted.attention}  # fmt: skip
+
+
+def _texts(folder: Path, *, rows: int, words: int) -> Path:
+    """A table of texts of so many words each, a word being a token."""
+    chance = random.Random(0)
+    file = folder / "texts.csv"
+    file.write_text("text,label\n" + "".join(f"{' '.join(chance.choices(WORDS, k=words))},{i % 2}\n" for i in range(rows)))
+    return file
+
+
+def _backbone(folder: Path, *, layers: int) -> str:
+    """A BERT of so many layers, its weights random, and a tokenizer of whole words."""
+    import tokenizers
     import torch
     import transformers
 
-    from paretune import registry, surgery
-    from paretune.meters import memory
-
-    shape = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "vocab_size": 2000, "max_position_embeddings": 1024}
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="[UNK]"))  # noqa: S106
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=SHAPE["max_position_embeddings"], **names)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(num_hidden_layers=asked["layers"], **shape)).train()
-    sizes = {"lora": {"r": asked["rank"]}, "adapter": {"bottleneck": asked["rank"]}, "full": {}, "ia3": {}}[asked["method"]]
-    for i in range(asked["adapters"]):
-        surgery.attach(model, [registry.get(asked["method"])(**sizes)], name=f"a{i}", on_top=True, head=False)
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-4)
-    ids = torch.randint(2000, (asked["batch"], asked["length"]))
-    taken = []
-    with memory.Peak() as peak:
-        for _ in range(STEPS + 1):
-            started = time.process_time()
-            model(input_ids=ids, labels=torch.zeros(len(ids), dtype=torch.long)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            taken.append(time.process_time() - started)
-    assert peak.reading and peak.reading.value
-    return {"score": statistics.median(taken[1:]), "added_mb": peak.reading.value - peak.before_mb, "learning": sum(p.numel() for p in learning)}
+    transformers.BertModel(transformers.BertConfig(num_hidden_layers=layers, vocab_size=len(tokenizer), **SHAPE)).save_pretrained(folder)
+    return str(folder)
 
 
-def exponent(line: list[tuple[int, float]], *, whole: bool = False) -> float | None:
-    """b of y = a n^b by least squares of the logarithms, over the upper half of the points, or over all of them."""
-    fitted = line if whole else line[len(line) // 2 :]
+def exponent(points: list[tuple[int, float]]) -> float | None:
+    """b of y = a n^b by least squares of the logarithms, over the upper half of the points; None where memory did not grow at all."""
+    fitted = points[len(points) // 2 :]
     if len(fitted) < 2 or min(y for _, y in fitted) <= 0:
         return None
     return statistics.linear_regression(*zip(*((math.log(n), math.log(y)) for n, y in fitted), strict=True)).slope
@@ -89,24 +118,26 @@ def exponent(line: list[tuple[int, float]], *, whole: bool = False) -> float | N
 
 def page(table: Table) -> str:
     """docs/growth.md, from the files."""
-    parts = []
-    for what, sizes in LINES.items():
-        rows = []
-        for method in (m for m in METHODS if has(m, what)):
-            found = [(n, table.found(f"{method} {what} {n}")) for n in sizes]
-            for title, field, times, digits in (("CPU ms", "score", 1000, 0), ("added MB", "added_mb", 1, 0)):
-                line = [(n, f[field]) for n, f in found if f]
-                b = exponent(line) if len(line) == len(sizes) else None
-                rows.append([f"`{method}`, {title}", *(f"{times * f[field]:,.{digits}f}" if f else cells.NOT_RUN for _, f in found),
-                             f"{b:.2f}" if b is not None else "-"])  # fmt: skip
-        parts.append(f"## {what.capitalize()}\n\n{cells.markdown(['n', *map(str, sizes), 'exponent'], rows)}")
+    found = {(what, method): table.found(f"{method} {what}") for what in LINES for method in METHODS if has(method, what)}
+    known = list(filter(None, found.values()))
+    machine, most = cells.NOT_RUN, cells.NOT_RUN
+    if known:
+        here = known[0]["environment"]
+        machine = f"{here['cpu']}, {here['threads']} threads; commit {known[0]['commit']}, {known[0]['date']}"
+        most = f"{max(p['added_mb'] for f in known for p in f['points']):,.0f} of the machine's {here['memory_mb']:,} MB"
+    verdicts = [verdict for key in found for _, _, verdict in _exponents(found, *key)]
+    missing = f"; {verdicts.count(cells.NOT_RUN)} were not run" if cells.NOT_RUN in verdicts else ""
+    joined = "\n\n".join(_section(found, what) for what in LINES)
     fixed = ", ".join(f"{what} {n}" for what, n in HERE.items())
-    joined = "\n\n".join(parts)
     return f"""# How cost grows
 
-A training step of a BERT-shaped model of width 256, fp32, dropout as in the model's config: CPU milliseconds, and the memory that steps add to that of the process
-with its adapted model. One thing grows at a time; else {fixed}. "Adapters" are attached one above the other and all learn. The exponent is that of
-n, over the upper half of each line; a method whose exponent is above `full`'s would have a term that grows faster than the model's own.
+A step of `pt.fit` with its defaults (number format, attention kernel and parts of a batch as it chooses them) on a BERT-shaped model of width 256: CPU milliseconds, and
+how far steps raise the memory of the process with its adapted model. One thing grows at a time; else {fixed}. "Adapters" are attached one above the other
+and all learn. {machine}. Lines end where a point takes about half a minute; the largest added {most}.
+
+The exponent is that of n, over the upper half of each line. The target is that no term grows faster than the model's own: an exponent is to be at most that of
+`full`, the model itself, or {LINEAR:.0f} where that is more (twice the adapters or ranks may cost twice), and {CLEAR} beside for chance. Met by
+{verdicts.count("met")} of {verdicts.count("met") + verdicts.count("not met")} figures{missing}.
 
 {joined}
 
@@ -114,12 +145,39 @@ Made by `python -m benchmarks.growth` from the files in `benchmarks/results/grow
 """
 
 
+Found = dict[tuple[str, str], dict[str, Any] | None]  # (what grows, method) -> the file
+
+
+def _section(found: Found, what: str) -> str:
+    rows = []
+    for method in (m for m in METHODS if has(m, what)):
+        cell = found[what, method]
+        for (title, field, times, digits), (b, most, verdict) in zip(FIGURES, _exponents(found, what, method), strict=True):
+            figures = [f"{times * p[field]:,.{digits}f}" for p in cell["points"]] if cell else [cells.NOT_RUN] * len(LINES[what])
+            rows.append([f"`{method}`, {title}", *figures, "-" if b is None else f"{b:.2f}", "-" if most is None else f"{most:.2f}", verdict])
+        formats = [f"{p['dtype']} {p['attention']}" for p in cell["points"]] if cell else [cells.NOT_RUN] * len(LINES[what])
+        rows.append([f"`{method}`, format and kernel", *formats, "", "", ""])
+    return f"## {what.capitalize()}\n\n{cells.markdown(['n', *map(str, LINES[what]), 'exponent', 'at most', ''], rows)}"
+
+
+def _exponents(found: Found, what: str, method: str) -> list[tuple[float | None, float | None, str]]:
+    """(exponent, what it is to be at most, verdict) of each figure of a line."""
+    cell, itself = found[what, method], found.get((what, "full"))
+    verdicts: list[tuple[float | None, float | None, str]] = []
+    for _, field, _, _ in FIGURES:
+        b, own = ([(p["n"], p[field]) for p in f["points"]] if f else [] for f in (cell, itself))
+        slope, of_full = exponent(b), exponent(own)
+        most = max(LINEAR, of_full or 0.0) + CLEAR
+        if method == "full":
+            verdicts.append((slope, None, ""))
+        elif cell is None or (itself is None and what not in OF_ADAPTERS):
+            verdicts.append((slope, None, cells.NOT_RUN))
+        else:
+            verdicts.append((slope, most, "met" if slope is None else cells.verdict(slope, most=most)))
+    return verdicts
+
+
 TABLE = Table("growth", every_cell, page)
 
 if __name__ == "__main__":
-    if "--point" in sys.argv:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--point", type=json.loads)
-        print(json.dumps(point(parser.parse_args().point)))
-    else:
-        TABLE.main()
+    TABLE.main()

@@ -4,7 +4,8 @@
 
 A cell is a model, a text length and a method: steps of the library's own loop, their FLOPs counted on the very batches (products
 and attention; norms, masks and activations count 0), over the rate of large matrix products in the same process, number format and
-threads. torch's profiler says where the time of the same steps went. Needs the folder of data sets (`benchmarks/data.py`).
+threads. torch's profiler says where the time of such steps goes, in a second training. About half a minute a cell on 2 cores; part of
+`make bench`. Needs the folder of data sets (`benchmarks/data.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from paretune.tasks import Task
 
 RECIPES = ("full", "lora(r=8)")
 MODELS = {"minilm, SST-2": (32, 12), "decoder, 256 tokens": (8, 6), "decoder, 1,024 tokens": (2, 6)}  # batch, steps
+TARGETS = {"minilm, SST-2": 0.25, "decoder, 1,024 tokens": 0.40}  # shares of the peak
 LARGE = 2048  # rows and columns of the products that the peak is taken from
 WARM = 2  # steps that are not counted
 KINDS = {  # a pattern of torch's operators -> what they do; the first that fits
@@ -64,16 +66,17 @@ def one(text: str, name: str) -> dict[str, Any]:
         watch = Watch()
         fitted = training.fit(model, task, schedule=schedule, modifiers=[watch])
         before = peak(fitted.dtype)
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            watched = Watch()
-            training.fit(model, task, schedule=schedule, modifiers=[watched])
+        profiled = Profiled()
+        training.fit(model, task, schedule=schedule, modifiers=[profiled])
         top = max(before, peak(fitted.dtype))
-        work = sum(_flops(model, task, b) for b in watch.batches[WARM:])
+        counted = flops.PerShape(lambda batch: flops.step(lambda: task.kind.loss(model(**task.kind.inputs(batch)), batch)[0], model))
+        work = sum(counted(part).value or 0.0 for step in watch.steps[WARM:] for part in step)
     seconds = watch.marks[-1] - watch.marks[WARM - 1]
-    tokens = sum(int(b["attention_mask"].sum()) for b in watch.batches[WARM:])
+    tokens = sum(int(part["attention_mask"].sum()) for step in watch.steps[WARM:] for part in step)
     return {
         "score": work / seconds / top, "flops_per_s": work / seconds, "peak_flops_per_s": top, "tokens_per_s": tokens / seconds, "dtype": fitted.dtype,
-        "attention": fitted.attention, "threads": torch.get_num_threads(), "where": _where(profiled), "environment": system.describe(),
+        "attention": fitted.attention, "steps": len(watch.steps) - WARM, "threads": torch.get_num_threads(), "where": profiled.where(),
+        "environment": system.describe(),
     }  # fmt: skip
 
 
@@ -86,28 +89,55 @@ def _subject(name: str, folder: Path, *, rows: int) -> tuple[str, Task]:
 
 
 class Watch(Events):
-    """Marks the time behind each step, by the wall clock where no other is given, and keeps the batches."""
+    """Marks the time behind each step, by the wall clock where no other is given, and keeps its parts."""
 
     looks_on = True
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
         self.marks: list[float] = []
-        self.batches: list[dict[str, Any]] = []
+        self.steps: list[list[dict[str, Any]]] = [[]]  # of each the batches that passed through the model at once; a last one is empty
 
     def events(self, loop: training.Loop) -> Events:
         return self
 
     def inputs(self, loop: training.Loop, batch: dict[str, Any]) -> dict[str, Any]:
-        self.batches.append(batch)
+        self.steps[-1].append(batch)
         return batch
 
     def after_step(self, loop: training.Loop) -> None:
         self.marks.append(self.clock())
+        if loop.step < loop.total:
+            self.steps.append([])
 
 
-def _flops(model: Any, task: Task, batch: dict[str, Any]) -> float:
-    return flops.step(lambda: task.kind.loss(model(**task.kind.inputs(batch)), batch)[0], model).value or 0.0
+class Profiled(Events):
+    """Profiles the steps of a training but for the first ones, which warm up, and nothing else of it."""
+
+    looks_on = True
+
+    def __init__(self) -> None:
+        self.profile, self.begun, self.wall_us = profile(activities=[ProfilerActivity.CPU]), 0.0, 0.0
+
+    def events(self, loop: training.Loop) -> Events:
+        return self
+
+    def after_step(self, loop: training.Loop) -> None:
+        if loop.step == WARM:
+            self.profile.start()
+            self.begun = time.perf_counter()
+        elif loop.step == loop.total:
+            self.wall_us = 1e6 * (time.perf_counter() - self.begun)
+            self.profile.stop()
+
+    def where(self) -> dict[str, float]:
+        """Shares of the profiled wall time by kind of work."""
+        found = dict.fromkeys([*KINDS.values(), OTHER], 0.0)
+        for event in self.profile.key_averages():
+            kind = next((kind for pattern, kind in KINDS.items() if re.search(pattern, event.key)), OTHER)
+            found[kind] += event.self_cpu_time_total
+        whole = max(self.wall_us, sum(found.values()))
+        return {kind: us / whole for kind, us in found.items()} | {OUTSIDE: 1 - sum(found.values()) / whole}
 
 
 def peak(dtype: str) -> float:
@@ -121,34 +151,21 @@ def peak(dtype: str) -> float:
     return 2 * LARGE**3 / best
 
 
-def _where(profiled: profile) -> dict[str, float]:
-    """Shares of the profiled wall time by kind of work."""
-    found = dict.fromkeys([*KINDS.values(), OTHER], 0.0)
-    begun = min(e.time_range.start for e in profiled.events())
-    ended = max(e.time_range.end for e in profiled.events())
-    for event in profiled.key_averages():
-        kind = next((kind for pattern, kind in KINDS.items() if re.search(pattern, event.key)), OTHER)
-        found[kind] += event.self_cpu_time_total
-    whole = max(ended - begun, sum(found.values()))
-    return {kind: us / whole for kind, us in found.items()} | {OUTSIDE: 1 - sum(found.values()) / whole}
-
-
 def page(table: Table) -> str:
     """docs/limits.md, from the files."""
-    found = {f"`{text}`, {model}": table.found(f"{text} {model}") for model in MODELS for text in RECIPES}
-    rows = [[name, f["dtype"], f"{f['tokens_per_s']:,.0f}", f"{f['flops_per_s'] / 1e9:,.0f}", f"{f['peak_flops_per_s'] / 1e9:,.0f}", f"{100 * f['score']:.0f}"]
-            if f else [name, *[cells.NOT_RUN] * 5] for name, f in found.items()]  # fmt: skip
+    found = {(model, text): table.found(f"{text} {model}") for model in MODELS for text in RECIPES}
     kinds = [*KINDS.values(), OTHER, OUTSIDE]
-    where = [[name, *(f"{100 * f['where'][kind]:.0f}" for kind in kinds)] if f else [name, *[cells.NOT_RUN] * len(kinds)] for name, f in found.items()]
-    some = next(filter(None, found.values()), None)
-    machine = f"{some['threads']} threads of {some['environment'].get('cpu')}" if some else cells.NOT_RUN
+    where = [[f"`{text}`, {model}", *(f"{100 * f['where'][kind]:.0f}" for kind in kinds)] if f else [f"`{text}`, {model}", *[cells.NOT_RUN] * len(kinds)]
+             for (model, text), f in found.items()]  # fmt: skip
+    known = list(filter(None, found.values()))
+    machine = f"{known[0]['threads']} threads of {known[0]['environment'].get('cpu')}; commit {known[0]['commit']}, {known[0]['date']}" if known else cells.NOT_RUN
     return f"""# The machine's limit, and where the rest goes
 
-Training steps of the library's loop, optimizer included. FLOPs are counted on the batches that were trained on, padding included; the peak is that of
-products of {LARGE:,} x {LARGE:,} matrices in the same process, number format and threads ({machine}). The decoder is Llama-shaped,
+Training steps of the library's loop, optimizer included, but for the first {WARM}. FLOPs are counted on the batches that were trained on, padding included; the peak is
+that of products of {LARGE:,} x {LARGE:,} matrices in the same process, number format and threads ({machine}). The decoder is Llama-shaped,
 6 layers of width 768 with random weights, on blocks of the books.
 
-{cells.markdown(["steps of", "format", "real tokens/s", "GFLOP/s", "peak GFLOP/s", "share %"], rows)}
+{cells.markdown(["steps of", "format", "real tokens/s", "GFLOP/s", "peak GFLOP/s", "share %", "target %", ""], [_row(*key, f) for key, f in found.items()])}
 
 Where the wall time of such steps goes, in percent, by torch's profiler (which itself takes some, most of it from small operators):
 
@@ -156,6 +173,16 @@ Where the wall time of such steps goes, in percent, by torch's profiler (which i
 
 Made by `python -m benchmarks.limits` from the files in `benchmarks/results/limits/`; `--table` makes it again from them.
 """
+
+
+def _row(model: str, text: str, found: dict[str, Any] | None) -> list[str]:
+    target = TARGETS.get(model)
+    figures = [cells.NOT_RUN] * 5
+    if found:
+        rates = (f"{found[k] / 1e9:,.0f}" for k in ("flops_per_s", "peak_flops_per_s"))
+        figures = [found["dtype"], f"{found['tokens_per_s']:,.0f}", *rates, f"{100 * found['score']:.0f}"]
+    verdict = cells.verdict(found and found["score"], least=target) if target else ""
+    return [f"`{text}`, {model}", *figures, f"at least {100 * target:.0f}" if target else "-", verdict]
 
 
 TABLE = Table("limits", every_cell, page)

@@ -85,8 +85,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     transformers.set_seed(job["seed"])
     with Window() as spent:
         model = _model(job, library)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(job["source"])
-        collate = transformers.DataCollatorWithPadding(tokenizer) if job["outputs"] else transformers.default_data_collator
+        padding = job["outputs"] and transformers.DataCollatorWithPadding(transformers.AutoTokenizer.from_pretrained(job["source"]))
+        collate = padding or transformers.default_data_collator  # a decoder's blocks have one length
         begun = spent.so_far()
         (_loop if job["library"] == "plain" else _trained)(model, job, collate)
     learns = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
@@ -157,6 +157,8 @@ def _adapters(job: dict[str, Any], adapters: Any, model: Any) -> Any:
     for name, parameter in model.named_parameters():
         if any(word in name for word in HEAD_OF_BERT):
             parameter.requires_grad_(True)
+        if "lm_head" in name:  # which the library leaves to learn
+            parameter.requires_grad_(False)
     return model
 
 
