@@ -104,8 +104,8 @@ MiniLM on SST-2, {found["threads"]} threads of {found["environment"].get("cpu")}
 
 ## Adapters that stay apart
 
-Milliseconds of CPU time of a call, and times as much as with `{RECIPES[0]}` merged ("{AGAIN}" is the A/A control). `export` merges; several adapters on one
-backbone, or one to be switched off, stay apart.
+Milliseconds of CPU time of a call, and times as much as with `{RECIPES[0]}` merged ("{AGAIN}" is the A/A control). `export` merges
+(`--to hf` and `--to onnx`, where an adapter can be merged); several adapters on one backbone, or one to be switched off, stay apart (`--keep-adapters`).
 
 {cells.markdown(["adapter", *(f"{n} at a time" for n in BATCHES)], rows)}
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import filecmp
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +14,33 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from paretune import anatomy, backbones, bitsandbytes_files, inference, onnx_files, peft_format, processors, recipe, store
-from paretune.errors import BackboneError, Incompatible, StoreError, unknown
+from paretune import anatomy, backbones, bitsandbytes_files, folding, inference, onnx_files, peft_format, phases, processors, recipe, store, surgery
+from paretune.errors import BackboneError, DataError, Incompatible, StoreError, unknown
 from paretune.meters.cost import MEASURED, unmeasured
-from paretune.parity import TITLES, Parity
+from paretune.parity import TITLES, Answers, Parity
 from paretune.reports import card, use
 from paretune.roles import Adapter, Modifier
 from paretune.seams import CHILD
 
 FORMATS = ("hf", "peft", "onnx", "bitsandbytes")
+MERGE = ("hf", "onnx")  # of them, those that hold adapters merged
 ROOM = 1.05  # of the size of what is copied, for a card and the file system's blocks
+UNMEASURED = "the export is not measured yet; `paretune measure` does it"
+APART = "measured was the run, with its adapters apart; a recipe with merge at its end is measured merged"
 INSTEAD = "export with --to hf, which holds every run"
 
 
-def write(run: store.Run, folder: Path, *, to: str = "hf") -> Path:
+def write(
+    run: store.Run, folder: Path, *, to: str = "hf", keep_adapters: bool = False, told: Callable[[str], None] | None = None
+) -> Path:
     """Writes a run's model into a new or empty folder, whole or not at all.
 
     Args:
         to: "hf", what `from_pretrained` opens, or "peft", the adapter alone: what PEFT, or of adapters that it has not `read_peft`,
             puts on the unchanged backbone; or "onnx", what onnxruntime runs, float or int8 as the run is; or "bitsandbytes", what
             transformers opens with bitsandbytes, of a run in NF4.
+        keep_adapters: leaves adapters apart that an "hf" or "onnx" export would have merged (`folding.attempt`).
+        told: is told what the export has otherwise than the run.
 
     Raises:
         Incompatible: for an unknown `to`, a run that the format cannot hold, or an export that answers otherwise than the run.
@@ -45,13 +54,21 @@ def write(run: store.Run, folder: Path, *, to: str = "hf") -> Path:
         raise StoreError(f"{run.folder} holds no model; give a run folder that `paretune run` wrote")
     record = {**run.record, "license": _license(run)}
     with store.written(folder) as part:
-        record, code = _WRITERS[to](run, part, record)
+        writer = functools.partial(_WRITERS[to], merge=not keep_adapters) if to in MERGE else _WRITERS[to]
+        record, code = writer(run, part, record)
         card.save(record, part, code=code)
+    for note in record.get("export", {}).get("notes", ()) if told else ():
+        told(note)
     return folder
 
 
-def _write_hub(run: store.Run, folder: Path, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The run's model as it is, byte for byte."""
+def _write_hub(run: store.Run, folder: Path, record: dict[str, Any], *, merge: bool) -> tuple[dict[str, Any], str]:
+    """The run's model with its adapters merged, where they can be; else as it is, byte for byte."""
+    merged, notes = _merged(run, folder) if merge else (None, ())
+    if merged is not None:
+        record = _answering(run, folder, {**record, "loads_with": phases.loads_with(folder)}, merged, why=APART)
+        return record, use.hub(record, _auto_class(run, folder))
+    record = {**record, "export": {"notes": notes}} if notes else record
     model = run.folder / "model"
     store.require_space(folder, ROOM * store.stored_mb(model))
     shutil.copytree(model, folder, dirs_exist_ok=True)
@@ -60,6 +77,27 @@ def _write_hub(run: store.Run, folder: Path, record: dict[str, Any]) -> tuple[di
     if wrong := sorted(name for found in other for name in found):
         raise StoreError(f"{folder}: {len(wrong)} of {len(names)} files are not what {model} holds, {wrong[0]} first; check the disk and export again")
     return record, use.hub(record, _auto_class(run, model))
+
+
+def _merged(run: store.Run, folder: Path) -> tuple[Parity | None, tuple[str, ...]]:
+    """Writes the run's model with its adapters merged and compares it with the run's; where they stay apart it writes nothing, and says why."""
+    model = inference.open_model(run.model, inference.task_of(run))
+    notes = folding.attempt(model)
+    if not notes or surgery.state(model).adapters:
+        return None, notes
+    try:
+        task = inference.tested(run)
+        lack = "" if len(task.test) else "there are none"
+    except DataError as error:
+        lack = str(error)
+    if lack:
+        return None, (f"adapters are left apart, for a merge is compared on test rows: {lack}",)
+    store.require_space(folder, ROOM * 1e-6 * sum(p.numel() * p.element_size() for p in model.parameters()))
+    phases.save_model(model, folder)
+    folding.unmerge(model)
+    parity = Answers.of(model, task).beside(Answers.of(inference.open_model(folder, task), task), task, form="merged", notes=notes)
+    parity.check(run.recipe)
+    return parity, notes
 
 
 def _auto_class(run: store.Run, folder: Path) -> str:
@@ -77,11 +115,11 @@ def _license(run: store.Run) -> str | None:
         return None
 
 
-def _write_onnx(run: store.Run, folder: Path, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _write_onnx(run: store.Run, folder: Path, record: dict[str, Any], *, merge: bool) -> tuple[dict[str, Any], str]:
     """The graph, what reads text for it, and a record with which `predict` and `measure` take the folder."""
     task = inference.tested(run)
     model = inference.open_model(run.model, task)
-    parity = onnx_files.write(model, task, folder=folder, name=run.recipe)
+    parity = onnx_files.write(model, task, folder=folder, name=run.recipe, merge=merge)
     config = store.read_json(run.model / "config.json")
     store.write_json(folder / "config.json", {k: v for k, v in config.items() if k not in ("quantization_config", "attn_implementation")})
     processors.save(model, folder)
@@ -93,10 +131,10 @@ def _write_onnx(run: store.Run, folder: Path, record: dict[str, Any]) -> tuple[d
     return record, use.RUN
 
 
-def _answering(run: store.Run, folder: Path, record: dict[str, Any], parity: Parity) -> dict[str, Any]:
+def _answering(run: store.Run, folder: Path, record: dict[str, Any], parity: Parity, *, why: str = UNMEASURED) -> dict[str, Any]:
     """The record of an export that other software runs: the training's costs, its own size, and how near its answers are."""
     trained = {name: getattr(run.cost, name) for name in MEASURED if name.startswith("train") or name == "head_parameters"}
-    cost = dataclasses.replace(unmeasured("the export is not measured yet; `paretune measure` does it"), **trained, stored_mb=store.stored_mb(folder))
+    cost = dataclasses.replace(unmeasured(why), **trained, stored_mb=store.stored_mb(folder))
     cost = dataclasses.replace(cost, reasons=cost.reasons | {name: run.cost.reasons[name] for name in trained if name in run.cost.reasons})
     return {**record, "cost": cost.to_json(), "export": {"title": TITLES[parity.form], **dataclasses.asdict(parity)}}
 

@@ -256,12 +256,18 @@ def read_run(folder: str | Path) -> Run:
     return Run.read(folder)
 
 
-def export(run: Run | str | Path, folder: str | Path, *, to: str = "hf") -> Path:
+def export(
+    run: Run | str | Path, folder: str | Path, *, to: str = "hf", keep_adapters: bool = False, told: Callable[[str], None] | None = None
+) -> Path:
     """Writes a run's model for others: "hf" a Hugging Face folder, "peft" a PEFT adapter folder where the format has the method,
-    "onnx" a graph that onnxruntime runs, "bitsandbytes" a folder of an NF4 run that transformers opens with it; both checked against the run.
+    "onnx" a graph that onnxruntime runs, "bitsandbytes" a folder of an NF4 run that transformers opens with it.
+
+    Args:
+        keep_adapters: "hf" and "onnx" merge adapters where they can be merged; with this, they stay apart.
+        told: is told what the export has otherwise than the run, in sentences; the folder's card has them, too.
 
     Raises:
         Incompatible: for a run whose methods the format has not, or an export that answers otherwise than the run.
         StoreError: for a folder that holds something already, or too little disk.
     """
-    return exports.write(run if isinstance(run, Run) else Run.read(run), Path(folder), to=to)
+    return exports.write(run if isinstance(run, Run) else Run.read(run), Path(folder), to=to, keep_adapters=keep_adapters, told=told)

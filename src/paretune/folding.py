@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from paretune import hub, seams
-from paretune.errors import Incompatible, one_of
+from paretune.errors import Incompatible, all_of, one_of
 from paretune.seams import Seam, Selected, State, seams_of, state
 
 
@@ -29,6 +29,30 @@ def merge(model: nn.Module) -> None:
         seams.keep_own(module, seam)
     here.adapters, here.active = {}, ()
     hub.refresh(model)
+
+
+def attempt(model: nn.Module) -> tuple[str, ...]:
+    """Merges what is attached, where that loses nothing; else the model is as it was. Says which in a sentence, or nothing where there is nothing to fold.
+
+    Nothing is lost where `merge` takes all of it and the weights are fp32, so that a sum is not rounded to fewer bits.
+    """
+    of_patches = [p.method for _, _, seam in seams_of(model) for a, _, p in seam.patches() if not isinstance(p, Selected) and a not in seams.OWN]
+    if not of_patches:
+        return ()
+    methods = all_of(dict.fromkeys(map(repr, of_patches)))
+    try:
+        check(model)
+        _refuse_narrow(model)
+        merge(model)
+    except Incompatible as error:
+        return (f"{methods}: left apart, as trained, since {str(error).removeprefix('merge: ').partition(';')[0]}",)
+    return (f"{methods}: merged into the weights, summed up in fp32",)
+
+
+def _refuse_narrow(model: nn.Module) -> None:
+    narrow = next((n for n, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    if narrow is not None:
+        raise Incompatible(f"merge: {narrow} is in {str(model.get_parameter(narrow).dtype).removeprefix('torch.')}, to which a sum would be rounded")
 
 
 def check(model: nn.Module) -> None:

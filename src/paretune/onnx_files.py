@@ -25,7 +25,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from paretune import backbones, seams, store, surgery, training
+from paretune import backbones, folding, seams, store, surgery, training
 from paretune.errors import Incompatible, StoreError, one_of
 from paretune.parity import Answers, Parity, require_rows
 from paretune.tasks import Task
@@ -41,12 +41,13 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch notes the paths of the modules that a node comes from
 
 
-def write(model: nn.Module, task: Task, *, folder: Path, name: str) -> Parity:
+def write(model: nn.Module, task: Task, *, folder: Path, name: str, merge: bool = True) -> Parity:
     """Writes `model.onnx` into a folder and compares it with the model on the task's test rows.
 
     Args:
         model: opened from its folder, in evaluation mode; afterwards its linear maps are float.
         name: how an error calls it.
+        merge: adapters that can be folded become part of the graph's weights.
 
     Raises:
         Incompatible: without the extra, for a task or format that has no graph, or where the graph drifts.
@@ -61,6 +62,7 @@ def write(model: nn.Module, task: Task, *, folder: Path, name: str) -> Parity:
     notes = _notes(model, maps)
     model.float()  # packed codes keep their formats, and answers are fp32
     answers = Answers.of(model, task)
+    notes += folding.attempt(model) if merge else ()
     for path, module in maps.items():
         surgery.replace(model, path, new=module.unpacked())
     with _hushed():

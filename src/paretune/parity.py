@@ -16,9 +16,10 @@ from paretune import tasks, training
 from paretune.errors import Incompatible
 from paretune.tasks import Task
 
-DRIFT = {"float": 1e-3, "int8": 0.15, "nf4": 1e-3}  # the largest drift that an export may have
+DRIFT = {"float": 1e-3, "int8": 0.15, "nf4": 1e-3, "merged": 1e-3}  # the largest drift that an export may have
 SCORE = 0.01  # how far its score may be from the model's, as a share of it
-TITLES = {"float": "float ONNX graph", "int8": "int8 ONNX graph", "nf4": "folder in NF4 for bitsandbytes"}
+TITLES = {"float": "float ONNX graph", "int8": "int8 ONNX graph", "nf4": "folder in NF4 for bitsandbytes", "merged": "folder with merged adapters"}
+INSTEAD = {"merged": "--keep-adapters"}  # what to try where it is not --to hf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Parity:
             raise Incompatible(
                 f"{name}: the {TITLES[self.form]} answers otherwise than the model: on {self.rows} test rows its logits are off by {self.drift:.2g} "
                 f"(tolerated {DRIFT[self.form]:g}) and it scores {self.score:.4f}, not {self.model_score:.4f} (tolerated {SCORE:g}); "
-                "nothing was written, export with --to hf"
+                f"nothing was written, export with {INSTEAD.get(self.form, '--to hf')}"
             )
 
 

@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from paretune import backbones, bitsandbytes_files, exports, flow, inference, options, parity, peft_format, runs, store, tasks
-from paretune.errors import Incompatible, StoreError
+from paretune.errors import DataError, Incompatible, StoreError
 
 ONCE = options.Options(training=options.Training(epochs=1, batch=8))
 
@@ -50,19 +50,71 @@ def finished(place: Path, recipe: str, family: str = "bert") -> store.Run:
     return runs.make(plan, recipe)
 
 
-def test_hf_is_the_runs_model_and_a_card(place: Path, tmp_path: Path) -> None:
-    run = finished(place, "lora(r=2)")
-    made = flow.export(run.folder, tmp_path / "export")
+@pytest.mark.parametrize("recipe, keep", [("lora(r=2)", True), ("full", False), ("lora(r=2) | merge", False)])
+def test_hf_is_the_runs_model_and_a_card(recipe: str, keep: bool, place: Path, tmp_path: Path) -> None:
+    run = finished(place, recipe)
+    made = flow.export(run.folder, tmp_path / "export", keep_adapters=keep)
     names = [p.name for p in (run.folder / "model").iterdir()]
     assert filecmp.cmpfiles(run.folder / "model", made, names, shallow=False) == (names, [], [])
     assert {p.name for p in made.iterdir()} - set(names) == {"README.md"}
-    assert "lora(r=2)" in (made / "README.md").read_text()
+    assert f"`{recipe}`" in (made / "README.md").read_text()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("family, recipe", [("bert", "lora(r=2)"), ("bert", "lora(r=2) | ia3 + bitfit"), ("gpt2", 'lora(r=2, targets="query value") | lora(r=3)'),
+                                            ("bert", "dora(r=2)"), ("bert", "lora(r=2) | prototypes")])  # fmt: skip
+def test_hf_merges_what_can_be_merged(family: str, recipe: str, place: Path, tmp_path: Path) -> None:
+    run, said = finished(place, recipe, family), []
+    before = tree(run.folder)
+    made = flow.export(run, tmp_path / "export", told=said.append)
+    assert tree(run.folder) == before
+    tensors = load_file(made / "model.safetensors")
+    assert not any("lora" in name or "ia3" in name for name in tensors) and len(said) == 1 and "merged into the weights" in said[0]
+    task = inference.task_of(run)
+    apart, merged = inference.open_model(run.model, task), inference.open_model(made, task)
+    batch = tiny.inputs(family)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**batch).logits, apart(**batch).logits, rtol=1e-4, atol=1e-5)
+    text = (made / "README.md").read_text()
+    assert "A folder with merged adapters. On " in text and "merged into the weights" in text
+    assert ("loads with: `transformers`\n" in text) == ("prototypes" not in recipe)
+
+
+@pytest.mark.parametrize("recipe, why", [
+    ("prefix(length=3)", "prefix.length=3.: left apart.*cannot be folded"), ("lora(r=2) + prefix(length=3)", "prefix.*lora.*left apart.*cannot be folded"),
+    ("nf4 | lora(r=2)", "holds codes"), ("lora(r=2) | int8", "holds codes"), ("lora(r=2) | cast", "is in bfloat16, to which a sum would be rounded"),
+    ("wanda(sparsity=0.5) | lora(r=2)", "wanda.* has fixed the form"), ("share_layers | lora(r=2)", "is tied to"),
+])  # fmt: skip
+def test_hf_leaves_apart_what_cannot_be_merged_and_says_why(recipe: str, why: str, place: Path, tmp_path: Path) -> None:
+    run, said = finished(place, recipe), []
+    made = flow.export(run, tmp_path / "export", told=said.append)
+    names = [p.name for p in (run.folder / "model").iterdir()]
+    assert filecmp.cmpfiles(run.folder / "model", made, names, shallow=False) == (names, [], [])
+    assert len(said) == 1 and re.search(why, said[0]) and "left apart" in (made / "README.md").read_text()
+
+
+def test_a_merge_that_drifts_or_cannot_be_compared_is_not_given_out(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, said = finished(place, "lora(r=2)"), []
+    with monkeypatch.context() as patch:
+        patch.setitem(parity.DRIFT, "merged", -1.0)
+        with pytest.raises(Incompatible, match=r"folder with merged adapters answers otherwise.*off by.*export with --keep-adapters"):
+            flow.export(run, tmp_path / "export")
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(inference, "tested", lambda run: (_ for _ in ()).throw(DataError("films.csv is gone")))
+    made = flow.export(run, tmp_path / "export", told=said.append)
+    assert said == ["adapters are left apart, for a merge is compared on test rows: films.csv is gone"]
+    assert (made / "model.safetensors").read_bytes() == (run.folder / "model" / "model.safetensors").read_bytes()
 
 
 def test_hf_asks_for_room_and_compares_the_copy(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = finished(place, "lora(r=2)")
     with monkeypatch.context() as patch:
         patch.setattr(store.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1e3))
+        with pytest.raises(StoreError, match="MB are needed and 0 MB are free"):
+            exports.write(run, tmp_path / "export", keep_adapters=True)
         with pytest.raises(StoreError, match="MB are needed and 0 MB are free"):
             exports.write(run, tmp_path / "export")
     copytree = shutil.copytree
@@ -76,7 +128,7 @@ def test_hf_asks_for_room_and_compares_the_copy(place: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(exports.shutil, "copytree", spoiled)
     with pytest.raises(StoreError, match=r"1 of \d+ files are not what .*model holds, model.safetensors first"):
-        exports.write(run, tmp_path / "export")
+        exports.write(run, tmp_path / "export", keep_adapters=True)
     assert not any(tmp_path.iterdir())
 
 
@@ -97,14 +149,13 @@ def test_the_cards_lines_run_as_they_stand(recipe: str, to: str, place: Path, tm
     answer = eval(used(made))
     assert answer == pytest.approx({name.removeprefix("p_"): p for name, p in run.predict(["a new text"])[0].items() if name.startswith("p_")},
                                    abs=1e-2 if to == "bitsandbytes" else 1e-4)  # which may multiply in bf16
-    assert ("paretune" in (made / "README.md").read_text().split("```python")[1].split("```")[0]) == (recipe in ("full | int8", "adapter(bottleneck=4)")
-                                                                                                       or (recipe, to) == ("lora(r=2)", "hf"))
+    assert ("paretune" in (made / "README.md").read_text().split("```python")[1].split("```")[0]) == (recipe in ("full | int8", "adapter(bottleneck=4)"))
 
 
 @pytest.mark.parametrize("family, columns, to", [
     ("bert", {"text": "text", "label": "score"}, "hf"), ("bert", {"text": "text", "label": "label", "kind": "multilabel"}, "hf"),
     ("gpt2", {"text": "text"}, "hf"), ("gpt2", {"text": "text,label", "label": "score"}, "peft"),
-    ("gpt2", {"text": "text", "label": "label", "kind": "generation"}, "peft"),
+    ("gpt2", {"text": "text", "label": "label", "kind": "generation"}, "peft"), ("gpt2", {"text": "text", "label": "label", "kind": "generation"}, "hf"),
 ])  # fmt: skip
 def test_every_kind_of_task_is_asked(family: str, columns: dict[str, str], to: str, place: Path, tmp_path: Path) -> None:
     task = tasks.task(str(place / "films.csv"), **columns)

@@ -95,6 +95,13 @@ def initializers(folder):
     return graph.node, {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
 
 
+def test_a_graph_has_adapters_merged_unless_they_are_kept(finished, exported, tmp_path):
+    kept = flow.export(finished(FLOAT), tmp_path / "kept", to="onnx", keep_adapters=True)
+    products = {folder: sum(n.op_type in ("MatMul", "Gemm") for n in initializers(folder)[0]) for folder in (exported(FLOAT), kept)}
+    assert products[kept] == products[exported(FLOAT)] + 2 * 12, "A and B of twelve maps"
+    assert "merged into the weights" in (exported(FLOAT) / "README.md").read_text() and "merged into" not in (kept / "README.md").read_text()
+
+
 def packed_maps(run):
     model = inference.open_model(run.model, inference.task_of(run))
     return {path: m for path, m in model.named_modules() if isinstance(m, onnx_files.PackedLinear)}, model

@@ -162,13 +162,13 @@ _WRITERS: dict[str, Callable[[Iterator[dict[str, Any]], IO[str]], int]] = {".csv
 
 
 @verb("paretune export out/runs/0123456789abcdef --to peft --out folder/")
-def export(folder: str, to: str, *, target: str) -> None:
+def export(folder: str, to: str, *, keep_adapters: bool, target: str) -> None:
     """Writes the model of a finished RUN for others.
 
     That is a Hugging Face folder (hf); an adapter folder in PEFT's format (peft), which of a method that PEFT has not only paretune reads; an
-    ONNX graph, float or int8 as the run is (onnx); or, of a run in NF4, a folder that transformers opens with bitsandbytes. A graph and a
-    folder for bitsandbytes answer the run's test rows first: where they drift from its model, nothing is written.
+    ONNX graph, float or int8 as the run is (onnx); or, of a run in NF4, a folder that transformers opens with bitsandbytes. For hf and onnx,
+    adapters that can be merged are. What is not the run's model byte for byte answers its test rows first: where it drifts, nothing is written.
     """
     from paretune import flow
 
-    click.echo(flow.export(folder, target, to=to))
+    click.echo(flow.export(folder, target, to=to, keep_adapters=keep_adapters, told=say))

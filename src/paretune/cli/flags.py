@@ -85,6 +85,7 @@ FLAGS: dict[str, click.Parameter] = {
         Option(["--out", "answers"], type=click.Path(dir_okay=False), metavar="FILE", help="A .csv or .jsonl file; else CSV on stdout."),
         Option(["--exact"], is_flag=True, help="Answer all rows as the model was saved, whatever is faster."),
         Option(["--to"], type=Choice(["hf", "peft", "onnx", "bitsandbytes"]), default="hf", show_default=True, help="A folder of that kind, or a graph."),
+        Option(["--keep-adapters"], is_flag=True, help="Leave adapters apart that an hf folder or a graph would have merged."),
         Option(["--out", "target"], type=_DIRECTORY, required=True, metavar="FOLDER", help="A new or empty folder."),
         Argument(["name"], required=False, help="A method."),
         Option(["--json", "as_json"], is_flag=True, help="Machine readable."),

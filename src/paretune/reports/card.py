@@ -100,10 +100,13 @@ def _costs(record: Record) -> list[str]:
 
 def _export(parity: Record) -> list[str]:
     """How near the export answers to the model that was scored and measured."""
+    notes = [f"- {_plain(note)}" for note in parity.get("notes", ())]
+    if "rows" not in parity:
+        return notes
     title = parity.get("title") or f"{parity['form']} ONNX graph"  # as records of before have it
     return [f"A {title}. On {parity['rows']} test rows it scores {parity['score']:.4f} where the model it was made from scores "
             f"{parity['model_score']:.4f}, and its logits are off by a share of {parity['drift']:.2g}. The scores above are that model's.",
-            *(f"- {note}" for note in parity.get("notes", ()))]  # fmt: skip
+            *notes]  # fmt: skip
 
 
 def _slowdowns(formats: list[dict[str, Any]]) -> list[str]:
