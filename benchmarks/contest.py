@@ -2,7 +2,7 @@
 
     make bench          measures every cell anew but the long one, about 25 minutes on 2 cores; or
     python -m benchmarks.contest [--afresh] [--hours 1] [--only mrpc]
-    python -m benchmarks.contest --long --only all      the long one: LoRA on all sentences of SST-2, about a quarter of an hour
+    python -m benchmarks.contest --long --only all      the long one: LoRA on all sentences of SST-2, about twenty minutes
 
 A cell is a subject and a method. Its contestants work in turn (A B C ..., then ... C B A, and so on; every round has its own seed), each
 in a process of its own that keeps its library loaded; only one works at a time. All get the same encodings, batch, epochs and rate, and

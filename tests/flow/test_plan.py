@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import steps
 import tiny
 import torch
 import work
+from safetensors.torch import load_file
 from torch import nn
 
-from paretune import backbones, cli, phases, surgery, teachers, training
+from paretune import backbones, checkpoints, cli, phases, surgery, teachers, training
 from paretune.errors import BudgetError
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
@@ -199,6 +201,32 @@ def test_a_plan_has_a_stage_for_each_phase_and_writes_nothing(place, tmp_path):
     for dtype in ("fp32", "bf16"):
         assert f"as in {dtype} (1: {getattr(times[0], dtype):.2g}, 8: {getattr(times[1], dtype):.2g}, " in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora(r=8) + adam8", "head", "full | top_layers(k=1)"])
+def test_a_plan_foretells_what_a_training_has_on_disk(recipe, place, monkeypatch):
+    """At the end of its first epoch of two a phase has one checkpoint, frozen features, and what earlier phases left; the run, its models."""
+    asked, seen, save = place(recipe), [], checkpoints.save
+    expected = plan.expect(asked)
+
+    def on_disk():
+        """MB of all numbers in files, but for the random state."""
+        tensors = [t for f in asked.out.rglob("*.safetensors") for name, t in load_file(f).items() if name != "random"]
+        return sum(t.nbytes for t in (*tensors, *map(np.load, asked.out.rglob("*.npy")))) / 1e6
+
+    monkeypatch.setattr(checkpoints, "save", lambda loop, cursor: save(loop, cursor=cursor) or seen.append(on_disk()))
+    phases.walk(asked)
+    trained = expected.stages[:-1]
+    assert seen == pytest.approx([sum(s.saved_mb for s in trained[:k]) + s.work_mb for k, s in enumerate(trained)], rel=0.05)
+    assert on_disk() == pytest.approx(expected.saved_mb, rel=0.05) and expected.disk_mb >= max(seen) * 0.95
+    assert any(line.startswith("disk") and " at most, " in line and "[" in line for line in plan.describe(expected))
+
+
+def test_what_full_has_on_disk_is_16_bytes_a_weight(place):
+    """Values, Adam's two moments, and the best epoch's values; nothing where there is but one epoch and it is short."""
+    (stage, _) = plan.expect(place("full + schedule(epochs=2)")).stages
+    assert stage.work_mb == pytest.approx(4 * stage.saved_mb, rel=0.05)
+    assert plan.expect(place("full + schedule(epochs=1)")).stages[0].work_mb == 0.0
 
 
 def _attached(asked):

@@ -271,6 +271,17 @@ def test_a_replaced_attention_is_timed_by_itself(monkeypatch):
     assert len(asked) == 2
 
 
+def test_a_choice_is_made_once_until_it_is_forgotten(monkeypatch):
+    asked = []
+    monkeypatch.setattr(probe, "_CHOSEN", {})
+    monkeypatch.setattr(probe, "fastest", lambda timed, **how: asked.append(how) or Pace("fp32", "eager"))
+    for forget in (False, False, True):
+        if forget:
+            probe.forget()
+        work.fitted(work.ready("bert"), work.text_task(), epochs=1.0, batch=8, dtype="auto")
+    assert len(asked) == 2
+
+
 def test_a_training_tells_the_probe_how_long_it_is_and_shows_it_few_tokens(monkeypatch):
     asked = []
 

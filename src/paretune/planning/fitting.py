@@ -170,6 +170,20 @@ def kernels_b(loop: training.Loop, counts: int, *, dtype: str) -> float:
     return KERNEL_B * min(KERNELS, counts * (len(maps) + len(through) + len(taught)))
 
 
+def checkpoint_b(loop: training.Loop, *, best: bool) -> float:
+    """Bytes of a checkpoint of this training: what learns, the optimizer's states, what events keep, and the `best` epoch's values; with AdamW 16 a weight."""
+    weights = sum(p.numel() * p.element_size() for p in loop.parameters.values())
+    states = [value for state in loop.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    kept = [tensor for events in loop.events for tensor in events.state().values()]
+    return weights * (1 + best) + float(sum(t.numel() * t.element_size() for t in (*states, *kept)))
+
+
+def features_b(loop: training.Loop, *, rows: int, watched: int) -> float:
+    """Bytes of the frozen features that a training on so many rows keeps, of those it watches, too; by its first rows'."""
+    shelf = loop.split.shelf
+    return 0.0 if shelf is None else (shelf.values.nbytes + shelf.rows.nbytes) / len(loop.encodings) * (rows + watched)
+
+
 def shapes(lengths: Sequence[int]) -> int:
     """How many shapes batches of examples of these lengths have, about: whole parts of each width, and what is left of a step."""
     return 2 * len({batches.width([length], most=max(lengths)) for length in set(lengths)})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 
 from torch import nn
 
@@ -24,6 +26,7 @@ from paretune.weights import packed
 from paretune.weights.kernels import Slowdown
 from paretune.weights.packed import Packing
 
+CHECKPOINTS = 2  # of a training on disk at once: the older one goes when the newer is whole
 WATCHED_AT_ONCE = 16  # rows in a part of a validation, about
 WITHIN = 0.25  # half-width of the printed intervals, relative; how often it holds is in docs/plan.md
 
@@ -36,6 +39,7 @@ class Stage:
     took: Took
     peak_mb: float | None = None
     saved_mb: float = 0.0
+    work_mb: float = 0.0  # on disk while it trains: checkpoints and frozen features
     flops: float | None = None
     energy_j: float | None = None
     spread: float = 0.0  # of the timed batches, relative
@@ -69,6 +73,12 @@ class Expected:
     def saved_mb(self) -> float:
         """Of the models that stay on disk, one for each phase."""
         return sum(stage.saved_mb for stage in self.stages)
+
+    @property
+    def disk_mb(self) -> float:
+        """The most that is on disk at a time: the models of earlier phases, and what a phase needs while it trains or leaves behind."""
+        before = itertools.accumulate((stage.saved_mb for stage in self.stages), initial=0.0)
+        return max(earlier + max(stage.work_mb, stage.saved_mb) for earlier, stage in zip(before, self.stages, strict=False))
 
     @property
     def energy(self) -> Reading:
@@ -118,9 +128,11 @@ def _trained(model: nn.Module, plan: Plan, k: int) -> tuple[Stage, rehearsal.Reh
         found = rehearsal.rehearse(model, plan, k=k, beside=[*limits, weigher])
     found = dataclasses.replace(found, once=found.once - weigher.took)
     took = found.training(len(plan.task.train), watched=training.watched_of(plan.task))
+    saves = math.ceil(weigher.epochs) - 1 + int(took.wall_s / training.Settings.checkpoint_every_s)
+    work_mb = (weigher.checkpoint_b * min(saves, CHECKPOINTS) + weigher.features_b) / 1e6
     flops = weigher.counted_flops and weigher.counted_flops * len(plan.task.train) * weigher.per_row * found.epochs * found.share
     energy = None if found.power_w is None else found.power_w * took.wall_s
-    return Stage(spell((phase,)), took, weigher.peak_mb, flops=flops, energy_j=energy, spread=found.spread), found, found.reason
+    return Stage(spell((phase,)), took, weigher.peak_mb, work_mb=work_mb, flops=flops, energy_j=energy, spread=found.spread), found, found.reason
 
 
 def _passed(model: nn.Module, phase: Phase, *, plan: Plan, watts: float | None) -> tuple[Stage, Took]:
@@ -138,15 +150,18 @@ def _passed(model: nn.Module, phase: Phase, *, plan: Plan, watts: float | None) 
 
 
 def _bytes(model: nn.Module) -> float:
-    return float(sum(t.numel() * t.element_size() for t in model.state_dict().values()))
+    """Of the file of weights, where tied ones stand once."""
+    tensors = {(t.data_ptr(), t.shape, t.dtype): t for t in model.state_dict().values()}
+    return float(sum(t.numel() * t.element_size() for t in tensors.values()))
 
 
 class _Weigher(Events):
-    """Counts memory and FLOPs of a training that is about to begin, at the pace that the probe chose."""
+    """Counts memory and FLOPs of a training that is about to begin, at the pace that the probe chose, and after a step what it has on disk."""
 
     def __init__(self, plan: Plan, *, epochs: float) -> None:
         self.asked, self.epochs = plan, epochs
         self.took, self.peak_mb, self.counted_flops, self.per_row = Took(), 0.0, None, 1.0
+        self.checkpoint_b = self.features_b = 0.0
 
     def events(self, loop: training.Loop) -> Events:
         self.resident_b = fitting.resident_b(loop.accelerator.device)
@@ -174,6 +189,13 @@ class _Weigher(Events):
         self.took = now() - started
         return pace
 
+    def after_step(self, loop: training.Loop) -> None:
+        if not self.checkpoint_b:
+            task = self.asked.task
+            watched = training.watched_of(task)
+            self.checkpoint_b = fitting.checkpoint_b(loop, best=self.epochs > 1 and watched > 0)
+            self.features_b = fitting.features_b(loop, rows=round(len(task.train) * self.per_row), watched=watched)
+
 
 def _parts(loop: training.Loop, indices: list[int], lengths: list[int]) -> list[list[int]]:
     """What the loop makes of a step of other examples than its own."""
@@ -185,10 +207,10 @@ def _parts(loop: training.Loop, indices: list[int], lengths: list[int]) -> list[
 
 def describe(expected: Expected, *, price: Factor | None = None) -> list[str]:
     """Lines for people: a row for each stage, then the sums with their intervals."""
-    rows = [("", "time", "CPU time", "peak memory", "on disk", "FLOPs")]
+    rows = [("", "time", "CPU time", "peak memory", "on disk", "while it trains", "FLOPs")]
     for stage in expected.stages:
         rows.append((stage.name, show(stage.took.wall_s, "s"), show(stage.took.cpu_s, "s"), show(stage.peak_mb, "MB"),
-                     show(stage.saved_mb or None, "MB"), show(stage.flops, "FLOP")))  # fmt: skip
+                     *(show(mb or None, "MB") for mb in (stage.saved_mb, stage.work_mb)), show(stage.flops, "FLOP")))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
     joules, watts = expected.energy, expected.power
@@ -197,7 +219,7 @@ def describe(expected: Expected, *, price: Factor | None = None) -> list[str]:
         f"training      {_range(expected, expected.training.wall_s, 's')}, CPU time {_range(expected, expected.training.cpu_s, 's')}",
         f"all           {_range(expected, expected.whole.wall_s, 's')}",
         f"peak memory   {_range(expected, expected.peak_mb, 'MB')}",
-        f"disk          {show(expected.saved_mb, 'MB')} of models",
+        f"disk          {_range(expected, expected.disk_mb, 'MB')} at most, {show(expected.saved_mb, 'MB')} of models stay",
         f"energy        {watts if joules.value is None else _range(expected, joules.value, 'J') + ', training'}",
     ]
     if price is not None and joules.value is not None:
