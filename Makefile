@@ -27,8 +27,9 @@ test: .venv/ready  ## what CI runs: no GPU, no network
 test-all: .venv/ready  ## every family for every pair, long kill tests, several processes
 	$(ALONE) $(PY) -m pytest -q -n 2 --all
 
-bench: .venv/ready .venv-oracles/ready  ## side by side with other libraries, in three quarters of an hour; not part of the tests
+bench: .venv/ready .venv-oracles/ready  ## side by side with other libraries, and beside the machine's limit, in half an hour on 2 cores; not part of the tests
 	$(QUIETLY) $(PY) -m benchmarks.contest --afresh
+	$(QUIETLY) $(PY) -m benchmarks.limits --afresh
 
 .venv-oracles/ready: constraints.txt
 	test -x .venv-oracles/bin/python || $$(command -v $(PYTHON) || command -v python3) -m venv .venv-oracles
