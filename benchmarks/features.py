@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks import cells, data
 from benchmarks.cells import Cell, Table
 
-TIMED = {  # recipe, and the share of the six layers that is left
-    "head": 0, "top_layers(k=1)": 1, "top_layers(k=2)": 2, "top_layers(k=4)": 4, 'lora(targets="*.layer.5.*.query *.layer.5.*.value")': 1,
+TIMED = {  # recipe -> how many of the six layers are left, and what their backward pass takes, in forward passes: 1 where weights are frozen
+    "head": (0, 2), "top_layers(k=1)": (1, 2), "top_layers(k=2)": (2, 2), "top_layers(k=4)": (4, 2), 'lora(targets="*.layer.5.*.query *.layer.5.*.value")': (1, 1),
 }  # fmt: skip
 VARIANTS = {"whole passes": False, "whole passes, again": False, "kept": True}  # the schedule's cache
 EXAMPLES, BATCH, EPOCHS, ROUNDS = 256, 32, 3, 3
@@ -93,7 +93,8 @@ def _epochs(recipe: str, given: Any, *, cache: bool) -> dict[str, Any]:
 def page(table: Table) -> str:
     """docs/features.md, from the files."""
     some = next((f for recipe in TIMED if (f := table.found(f"time {recipe}"))), {})
-    head = ["recipe", "layers left", "an epoch, whole (CPU s)", "first epoch, kept", "later epochs, kept", "later epochs, times faster", "again, ratio (A/A)"]
+    head = ["recipe", "layers left", "an epoch, whole (CPU s)", "first epoch, kept", "later epochs, kept", "times faster, by the layers", "later epochs, times faster",
+            "again, ratio (A/A)"]  # fmt: skip
     scores = ["recipe", "cache=False: dropout in what is frozen", "cache=True: none there"]
     return f"""# Frozen features: an epoch's cost, and the score
 
@@ -103,9 +104,10 @@ What is frozen below all that learns is computed once per example, without dropo
 
 MiniLM on {EXAMPLES} texts of SST-2, batch {BATCH}, CPU seconds of the training steps of an epoch (validation left out), one thread of {some.get("machine", "?")}
 that others use, too. {ROUNDS} rounds, the variants in turn in one process; the ratio of each round is that of its later epochs, given with its range.
-`whole passes, again` is the A/A control.
+`whole passes, again` is the A/A control. By the layers: n layers, k of them left, a backward pass of b forward passes (2, or 1 where the layer's weights are frozen)
+make (n + b k) / (k + b k); embeddings, the head and the reading of what was kept are not counted.
 
-{cells.markdown(head, (_time_row(recipe, left, table.found(f"time {recipe}")) for recipe, left in TIMED.items()))}
+{cells.markdown(head, (_time_row(recipe, table.found(f"time {recipe}")) for recipe in TIMED))}
 
 ## The score
 
@@ -118,9 +120,16 @@ Made by `python -m benchmarks.features` from `benchmarks/results/features/`; `--
 """
 
 
-def _time_row(recipe: str, left: int, found: dict[str, Any] | None) -> list[str]:
+def by_layers(left: int, backward: float) -> float:
+    """How many times as long a whole pass takes as one that begins where the layers left do, forward and backward, in forward passes through a layer."""
+    return (LAYERS + backward * left) / (left + backward * left) if left else float("inf")
+
+
+def _time_row(recipe: str, found: dict[str, Any] | None) -> list[str]:
+    left, backward = TIMED[recipe]
+    expected = f"{by_layers(left, backward):.1f}" if left else "no layer is left"
     if found is None:
-        return [f"`{recipe}`", f"{left} of {LAYERS}", *[cells.NOT_RUN] * 5]
+        return [f"`{recipe}`", f"{left} of {LAYERS}", *[cells.NOT_RUN] * 3, expected, *[cells.NOT_RUN] * 2]
     rounds = found["rounds"]
 
     def later(r: dict[str, Any], name: str) -> float:
@@ -131,7 +140,7 @@ def _time_row(recipe: str, left: int, found: dict[str, Any] | None) -> list[str]
 
     return [
         f"`{recipe}`", f"{left} of {LAYERS}", f"{statistics.median(later(r, 'whole passes') for r in rounds):.2f}",
-        f"{statistics.median(r['kept']['cpu_s'][0] for r in rounds):.2f}", f"{statistics.median(later(r, 'kept') for r in rounds):.3f}",
+        f"{statistics.median(r['kept']['cpu_s'][0] for r in rounds):.2f}", f"{statistics.median(later(r, 'kept') for r in rounds):.3f}", expected,
         middle([later(r, "whole passes") / later(r, "kept") for r in rounds], 1),
         middle([later(r, "whole passes, again") / later(r, "whole passes") for r in rounds], 2),
     ]  # fmt: skip

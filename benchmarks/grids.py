@@ -155,8 +155,8 @@ GRIDS = {
         "all that a step computes, the frozen layers and the head; with `dropout=True`, the default, it stays. CPU seconds are of one thread, in runs one after another.",
         recipes=tuple(f"{method} + schedule(dropout={kept})" for method in _DROPPING for kept in (True, False)),
         columns=_little("sst2", 400, 2000) | _little("trec6", 2000), seeds=(0, 1, 2, 3, 4), intervals=True,
-        claims=tuple((f"{method}dropout=False", f"{method}dropout=True", "Srivastava et al. 2014, of networks that learn as a whole")
-                     for method in ("", *(f"{method} + schedule(" for method in _DROPPING))),
+        claims=tuple((text.format(False), text.format(True), "Srivastava et al. 2014, of networks that learn as a whole")
+                     for text in (*(f"{method} + schedule(dropout={{}})" for method in _DROPPING), "dropout={}")),
     ),
     "prompts": Grid(
         title="Length and start of a prompt",
