@@ -35,7 +35,7 @@ from paretune.step import probe, short_attention
 from paretune.tasks import Task
 
 PROTOCOL = 2  # of the files: 1 timed the loading of models, too, on other sizes; the page leaves such files out
-ROUNDS, LONGEST = 3, 256
+ROUNDS, LONGEST, TEST_CHARACTERS = 3, 256, 10_000
 OURS, AGAIN, DOCUMENTED, GIVEN, ADAPTERS, PLAIN = "paretune", "paretune again", "as documented", "given our format", "adapters", "plain loop"
 
 
@@ -71,7 +71,7 @@ class Subject:
     """A model and its data."""
 
     task: str  # of `benchmarks.data`; empty are blocks of the books, for a decoder
-    rows: int | None  # to train on; None is all
+    rows: int | None  # to train on, of a decoder about so many; None is all
     batch: int
     methods: tuple[str, ...]
     length: int = 0  # tokens of a decoder's blocks; 0 is MiniLM
@@ -81,10 +81,10 @@ class Subject:
 
 ON_MINILM = ("lora", "adapter", "ia3", "bitfit", "full", "head")
 SUBJECTS = {
-    "SST-2": Subject("sst2", 320, 32, (*ON_MINILM, "top layers")),
-    "MRPC": Subject("mrpc", 160, 32, ON_MINILM),
-    "decoder, 256 tokens": Subject("", 24, 8, ("lora of a decoder", "full"), 256),
-    "decoder, 1,024 tokens": Subject("", 6, 2, ("lora of a decoder", "full"), 1024),
+    "SST-2": Subject("sst2", 288, 32, (*ON_MINILM, "top layers")),
+    "MRPC": Subject("mrpc", 128, 32, ON_MINILM),
+    "decoder, 256 tokens": Subject("", 16, 8, ("lora of a decoder", "full"), 256),
+    "decoder, 1,024 tokens": Subject("", 4, 2, ("lora of a decoder", "full"), 1024),
     "all of SST-2": Subject("sst2", None, 32, ("lora",), test=None, long=True),
 }
 PAGE, SERVE = "benchmarks", "--serve"  # docs/benchmarks.md; the option of the process that does paretune's jobs
@@ -157,7 +157,7 @@ def _subject(name: str, folder: str) -> tuple[str, Task]:
     about = SUBJECTS[name]
     if about.length:
         assert about.rows
-        return folder, data.books(tokens=about.rows * about.length)
+        return folder, data.books(tokens=about.rows * about.length, test=TEST_CHARACTERS)
     return str(backbones.find("minilm").source), data.task(about.task, train=about.rows, validation=0, test=about.test)
 
 
@@ -277,10 +277,11 @@ def _about(known: list[dict[str, Any]]) -> str:
     machine = known[0]["environment"]
     versions = {k: v for f in known for r in f["rounds"] for who in r.values() for k, v in who.get("versions", {}).items() if k != "transformers"}
     several = sorted({who["versions"]["transformers"] for f in known for r in f["rounds"] for who in r.values() if "versions" in who})
-    sizes = "; ".join(f"{name}: {s.rows or 'all'} examples in batches of {s.batch}" for name, s in SUBJECTS.items())
+    trained = {name: next((f["train"] for f in known if f["cell"].endswith(f", {name}")), None) for name in SUBJECTS}
+    sizes = "; ".join(f"{name}: {n:,} examples in batches of {SUBJECTS[name].batch}" for name, n in trained.items() if n)
     longer = ", ".join(f"{m.epochs} of `{m.recipe}`" for m in METHODS.values() if m.epochs > 1)
     when = "; ".join(", ".join(sorted({f[field] for f in known})) for field in ("commit", "date"))
-    return f"""MiniLM on two tasks, and a Llama-shaped decoder of 6 layers of width 768 on blocks of the books (about so many). {sizes}. One epoch, but {longer}.
+    return f"""MiniLM on two tasks, and a Llama-shaped decoder of 6 layers of width 768 on blocks of the books. {sizes}. One epoch, but {longer}.
 {machine.get("cpu")}, {machine["threads"]} threads; {", ".join(f"{k} {v}" for k, v in versions.items())}, transformers {" and ".join(several)}
 (the older one for `adapters`); commit {when}."""
 

@@ -59,11 +59,11 @@ def decoder(folder: Path, *, length: int) -> str:
     return str(folder)
 
 
-def books(*, tokens: int) -> Task:
-    """About so many tokens of the books to train on (a token is some four characters), none to validate, and a few thousand to test on."""
+def books(*, tokens: int, test: int = 20_000) -> Task:
+    """At least so many tokens of the books to train on (a token is some four characters), none to validate on, and so many characters to test on."""
     whole = task("books_doyle")
     column = whole.columns["text"]
-    kept = {"train": 5 * tokens, "validation": 0, "test": 20_000}
+    kept = {"train": 5 * tokens, "validation": 0, "test": test}
     cut = {split: "\n".join(row[column] for row in whole.rows(split))[:n] for split, n in kept.items()}
     return dataclasses.replace(whole, **{split: type(whole.train)([{column: text}] if text else []) for split, text in cut.items()})
 
