@@ -18,7 +18,7 @@ from paretune.anatomy import Site
 
 def fitting(x: Tensor, weight: Tensor) -> Tensor:
     """x as a linear map with this weight takes it: in the weight's number format, and as it is under autocast, which casts by itself."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    return x if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
 
 
 def openness(x: Tensor, gate: Tensor) -> Tensor:
@@ -69,6 +69,10 @@ class Patch(nn.Module):
     def forward(self, x: Tensor, y: Any) -> Any:
         """The cheap path: the output y (B, T, O) of the map at the entered input x (B, T, I), patched."""
         return y
+
+    def whole(self, x: Tensor, module: nn.Module) -> Tensor | None:
+        """Alone at a module: its output (B, T, O) at x (B, T, I), patched, as one product with W + ΔW; None where `forward` takes fewer operations."""
+        return None
 
     def delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The matrix path: what is added to the weight (O, I) and the bias (O), in fp32.

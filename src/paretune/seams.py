@@ -79,8 +79,8 @@ class Seam(nn.Module):
     def _serving(self) -> tuple[str, ...]:
         return self.active if self.rows is None else tuple(dict.fromkeys(n for n in self.rows if n is not None))
 
-    def run(self, forward: Callable[..., Any], args: tuple, *, kwargs: dict[str, Any]) -> Any:
-        """The module's forward with its active patches around it."""
+    def run(self, forward: Any, args: tuple, *, kwargs: dict[str, Any]) -> Any:
+        """The module's own bound forward with its active patches around it."""
         names = self._serving()
         for adapter, key in self.captures:
             if adapter in names:
@@ -88,6 +88,8 @@ class Seam(nn.Module):
         working = [(adapter, patch) for adapter, _, patch in self.patches((*names, *OWN))]
         if any(adapter in OWN or not patch.plain for adapter, patch in working):
             forward, kwargs, working = self._arranged(forward, args, kwargs)
+        elif len(working) == 1 and self.rows is None and (y := working[0][1].whole(_first_input(args, kwargs), forward.__self__)) is not None:
+            return y
         return self._patched(working, forward, args, kwargs) if working else forward(*args, **kwargs)
 
     def _arranged(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any], list[tuple[str, Patch]]]:

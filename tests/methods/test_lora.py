@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import steps
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from paretune import surgery
+from paretune import seams, surgery
+from paretune.anatomy import Site
 from paretune.errors import TargetError
-from paretune.methods.adapters.lora import LoRA
+from paretune.methods.adapters.lora import WORTH, LoRA, LowRank, operations
 from paretune.recipe import parse
 
 
@@ -98,3 +102,83 @@ def test_a_rank_for_each_place_is_a_sum(family, tmp_path):
     assert torch.equal(steps.logits(type(model).from_pretrained(tmp_path), family), wanted)
     surgery.merge(model)
     torch.testing.assert_close(steps.logits(model, family), wanted, rtol=1e-4, atol=1e-5)
+
+
+def one_map(outputs=24, inputs=16, *, r=4, dtype=torch.float64, **knobs):
+    """An adapted linear map, alone in a model, and its patch."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(inputs, outputs))
+    patch = surgery.install(model, "default", method=(method := LoRA(r=r, **knobs)), site=Site("0", "0", in_features=inputs, out_features=outputs))
+    surgery.state(model).adapters["default"] = (method,)
+    nn.init.normal_(patch.B)
+    surgery.switch(model, "default")
+    model[0].weight.requires_grad_(False)
+    return model.to(dtype)[0], patch
+
+
+def whole_taken(module, patch, x):
+    """Was the product taken with W + s · B A?"""
+    taken = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LowRank, "forward", lambda self, x, y: taken.append("thin") or y)
+        module(x)
+    return not taken
+
+
+@pytest.mark.parametrize("rows, whole", [(3, False), (4000, True)])
+@pytest.mark.parametrize("learns", [False, True])
+def test_both_orders_of_the_product_are_equal(rows, whole, learns):
+    module, patch = one_map(r=16)
+    x = torch.randn(2, rows, 16, dtype=torch.float64, requires_grad=learns)
+    with torch.set_grad_enabled(learns):
+        assert whole_taken(module, patch, x) is whole
+        found, wanted = module(x), F.linear(x, module.weight, module.bias) + patch.scale * x @ patch.A.T @ patch.B.T
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    if learns:
+        out = torch.randn_like(found)
+        given = x, patch.A, patch.B, module.bias
+        for mine, true in zip(*(torch.autograd.grad((y * out).sum(), given) for y in (found, wanted)), strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-10)
+
+
+def product(y, a, b, *, out_shape, alpha):
+    """FLOPs of an addmm in place, which torch does not count, from shapes."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+@pytest.mark.parametrize("outputs, inputs, r", [(24, 16, 4), (16, 64, 2), (48, 48, 40)])
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_order_is_the_one_that_torch_counts_fewer_operations_for(outputs, inputs, r, learns):
+    module, patch = one_map(outputs, inputs, r=r)
+    for rows in (2, 32, 512, 16384):
+        x = torch.randn(rows, inputs, dtype=torch.float64, requires_grad=learns)
+        thin, whole = operations(rows, (outputs, inputs), r=r, learns=learns)
+        order = whole if whole + WORTH <= thin else thin
+        with torch.set_grad_enabled(learns):
+            assert whole_taken(module, patch, x) is (order == whole)
+            with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product}) as counted:
+                y = module(x)
+                if learns:
+                    y.sum().backward()
+        beside = 2 * rows * inputs * outputs * (1 + learns)  # x Wᵀ, and its gradient for x
+        sums = (order == whole) * outputs * inputs  # W + ΔW, which torch does not count
+        assert counted.get_total_flops() == beside + order - sums
+
+
+def test_the_product_stays_thin_where_w_plus_b_a_is_not_the_whole_map_or_would_be_rounded():
+    many = torch.randn(4000, 16)
+    module, patch = one_map(dtype=torch.float32)
+    with torch.no_grad():
+        assert whole_taken(module, patch, many)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not whole_taken(module, patch, many)
+        seams.seam_of(module).rows = ("default",) * 4000
+        assert not whole_taken(module, patch, many)
+        for knobs in ({"dropout": 0.1}, {"gate": True}):
+            module, patch = one_map(dtype=torch.float32, **knobs)
+            assert not (whole_taken(module.train(), patch, many) if "dropout" in knobs else patch.whole(many, module))
+        module, patch = one_map(dtype=torch.bfloat16)
+        assert not whole_taken(module, patch, many.bfloat16())
+        module, patch = one_map(dtype=torch.float32)
+        seams.seam_of(module).add("default", "lora", patch=copy.deepcopy(patch))
+        assert not whole_taken(module, patch, many), "two of them are one more sum each"

@@ -5,6 +5,9 @@
 A starts random (Kaiming uniform) and B at zero, so the adapted model starts as its backbone. Hu et al. 2021,
 arXiv:2106.09685, section 4.1; the rank-stabilized factor is Kalajdzievski 2023, arXiv:2312.03732.
 
+The product is taken in the order that counts fewer operations for the shapes at hand (`operations`): thin, as above, or whole, (W + s · B A) x,
+which is the same but for rounding.
+
 A rank for each place is a sum: lora(r=4, targets="query") + lora(r=16, targets="value").
 """
 
@@ -22,6 +25,9 @@ from paretune.anatomy import Site
 from paretune.card import Card, knob
 from paretune.patches import Patch, fitting, openness
 from paretune.roles import Adapter
+from paretune.seams import base_of
+
+WORTH = 1e6  # FLOPs that the other order must save: fewer take no longer than Python's call of a product
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -61,6 +67,21 @@ class LoRA(Adapter):
         return (Gated if self.gate else LowRank)(site, self)
 
 
+def operations(rows: int, shape: tuple[int, int], *, r: int, learns: bool) -> tuple[int, int]:
+    """FLOPs of x Wᵀ + s (x Aᵀ) Bᵀ and of x (W + s B A)ᵀ, for N rows of x and W of shape (O, I), without x Wᵀ and its gradient for x, which both have.
+
+        forward:                   thin 2Nr(I + O)     whole 2rOI + OI
+        backward, where A learns:  thin 4Nr(I + O)     whole 4rOI + 2NOI
+
+    Thin, each of the products with A and with B is taken once forward and twice backward: for its input and for its weight. Whole, the same holds of
+    B A, and the gradient for A and B comes from that for W + s B A, (O, I), a product as large as x Wᵀ. So without gradients whole is less from about
+    N = OI / (I + O) on; where A learns only for r > OI / 3(I + O), too.
+    """
+    outputs, inputs = shape
+    thin, whole = 2 * rows * r * (inputs + outputs), (2 * r + 1) * outputs * inputs
+    return (3 * thin, whole + (4 * r + 2 * rows) * outputs * inputs) if learns else (thin, whole)
+
+
 class LowRank(Patch):
     """s · B A at one linear map."""
 
@@ -82,6 +103,19 @@ class LowRank(Patch):
             return torch.addmm(rows, h, self.B.T, alpha=self.scale).view(y.shape)
         return rows.addmm_(h, self.B.T.to(h.dtype), alpha=self.scale).view(y.shape)
 
+    def whole(self, x: Tensor, module: nn.Module) -> Tensor | None:
+        """(W + s · B A) x + b at a float linear map, all of which this adapts; in 16 bits W + s · B A would be rounded."""
+        if torch.compiler.is_compiling():
+            return None
+        r, inputs = self.A.shape
+        learns = torch.is_grad_enabled() and self.A.requires_grad
+        thin, whole = operations(x.numel() // inputs, (len(self.B), inputs), r=r, learns=learns)
+        if thin < whole + WORTH or self.site.rows is not None or base_of(module) is not nn.Linear or self.training and self.dropout:
+            return None
+        if not x.dtype == module.weight.dtype == self.A.dtype or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
+            return None
+        return F.linear(x, torch.addmm(module.weight, self.B, self.A, alpha=self.scale), module.bias)
+
     def inner(self, x: Tensor) -> Tensor:
         """A x: (B, T, I) to (B, T, r)."""
         x = F.dropout(x, self.dropout) if self.training and self.dropout else x
@@ -97,6 +131,9 @@ class Gated(LowRank):
     def __init__(self, site: Site, knobs: LoRA) -> None:
         super().__init__(site, knobs)
         self.gate = nn.Parameter(torch.zeros(site.in_features + 1))
+
+    def whole(self, x: Tensor, module: nn.Module) -> None:
+        return None  # the gate differs from token to token
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + (openness(x, self.gate) * self.scale * F.linear(self.inner(x), self.B)).to(y.dtype)
