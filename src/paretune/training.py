@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from paretune import batches, checkpoints, features, seams, shards, surgery, together, virtual_tokens
 from paretune.errors import Diverged
 from paretune.events import Events
-from paretune.meters import flops
+from paretune.meters import flops, memory
 from paretune.meters.spending import Spending
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.roles import Modifier
@@ -121,7 +121,7 @@ class Loop:
         self.total = sum(self.per_epoch)
         together.part_ways()
         cursor = checkpoints.restore(self)
-        with probe.paced(self.model, shards.held(self), dropout=self.schedule.dropout):
+        with memory.kept_for_steps(), probe.paced(self.model, shards.held(self), dropout=self.schedule.dropout):
             self.features = features.Features(self, encode(self.task, self.task.validation[: watched_of(self.task)], model=self.model))
             self.split = self.features.train
             if not self.settings.shard and all(type(events).loss is Events.loss for events in self.events):

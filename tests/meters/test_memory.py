@@ -26,3 +26,46 @@ def test_tensors_let_go_are_given_back_at_once():
     """In a fresh process, in which nothing lies free that the tensors could have come from."""
     freed = int(subprocess.run([sys.executable, "-c", TRIED], capture_output=True, text=True, check=True).stdout)
     assert freed > 0.9 * 200 * 64 * 1024 * 4, "with the others between them still there"
+
+
+STEPS = """
+import contextlib, resource, psutil, torch
+from paretune.meters import memory
+
+def step():
+    tensors = [torch.ones(256, 1024) for _ in range(200)]  # 1 MiB each
+
+def faults(n=5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+step()  # torch's own first use
+with {outer}:
+    with memory.kept_for_steps():
+        step()
+        inside, held = faults(), psutil.Process().memory_info().rss
+after = psutil.Process().memory_info().rss
+print(inside, held - after, faults())
+"""
+
+
+def faults(outer):
+    done = subprocess.run([sys.executable, "-c", STEPS.format(outer=outer)], capture_output=True, text=True, check=True)
+    return [int(n) for n in done.stdout.split()]
+
+
+@pytest.mark.skipif(not GLIBC, reason="mallopt is glibc's")
+def test_what_a_step_lets_go_is_there_for_the_next_and_goes_back_afterwards():
+    """By the kernel's count of pages made, 4 KiB each, in a fresh process."""
+    pages = 200 * 2**20 // 4096  # of a step
+    inside, given_back, after = faults("contextlib.nullcontext()")
+    assert inside < 0.05 * 5 * pages and given_back > 0.9 * pages * 4096
+    assert after > 0.5 * 5 * pages, "glibc is as it was"
+
+
+@pytest.mark.skipif(not GLIBC, reason="mallopt is glibc's")
+def test_within_a_limit_nothing_is_kept():
+    inside, given_back, _ = faults("memory.given_back_at_once()")
+    assert inside > 0.5 * 5 * 200 * 2**20 // 4096 and given_back < 10 * 2**20

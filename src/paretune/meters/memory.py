@@ -22,7 +22,9 @@ from paretune.errors import MeterError
 from paretune.meters.reading import Reading, missing
 
 UNFINISHED = "the saved model does not work in a fresh process"  # how the reason of a failed peak-memory pass begins
-_MMAP_THRESHOLD, AT_ONCE_B, KEPT_B = -3, 128 * 1024, 32 * 1024 * 1024  # of mallopt; from how many bytes on a block has pages of its own
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt: how much may lie free at the heap's end; from how many bytes on a block has pages of its own
+AT_ONCE_B, KEPT_B, NEVER_B = 128 * 1024, 32 * 1024 * 1024, 2**31 - 1
+_AT_ONCE = threading.Event()  # is memory given back at once?
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -154,10 +156,36 @@ def given_back_at_once() -> Iterator[None]:
     """
     give_back()
     _glibc("mallopt", _MMAP_THRESHOLD, AT_ONCE_B)
+    _AT_ONCE.set()
     try:
         yield
     finally:
-        _glibc("mallopt", _MMAP_THRESHOLD, KEPT_B)  # its own rule moves the threshold up to there, and can't be had back
+        _AT_ONCE.clear()
+        _as_ever()
+
+
+@contextlib.contextmanager
+def kept_for_steps() -> Iterator[None]:
+    """Memory let go inside the block stays for the next step, which asks for as much; afterwards what is free goes back. Not inside `given_back_at_once`.
+
+    Else glibc gives the heap's end back at each step's end, and the kernel makes its pages anew.
+    """
+    if _AT_ONCE.is_set():
+        yield
+        return
+    _glibc("mallopt", _TRIM_THRESHOLD, NEVER_B)
+    _glibc("mallopt", _MMAP_THRESHOLD, KEPT_B)
+    try:
+        yield
+    finally:
+        _as_ever()
+        give_back()
+
+
+def _as_ever() -> None:
+    """glibc's thresholds where its own rule, which can't be had back, moves them as large blocks are let go."""
+    _glibc("mallopt", _TRIM_THRESHOLD, 2 * KEPT_B)
+    _glibc("mallopt", _MMAP_THRESHOLD, KEPT_B)
 
 
 def _glibc(name: str, *values: int) -> None:
