@@ -125,6 +125,25 @@ def test_our_attention_drops_weights_forward_and_backward_with_one_mask():
     assert torch.allclose(run(query, key, value), (weights @ value).transpose(1, 2), atol=1e-12)
 
 
+@pytest.mark.parametrize("case", ["long", "as long as ours", "dropout", "bf16", "a bias that learns"])
+def test_a_long_call_goes_to_sdpa_where_its_kernel_is_ahead_and_is_the_same_equation(case, monkeypatch):
+    torch.manual_seed(0)
+    keys = short_attention.LONG + (case != "as long as ours")
+    query, key, value = (torch.randn(2, heads, n, 4, requires_grad=True) for heads, n in ((4, 5), (2, keys), (2, keys)))
+    mask = torch.zeros(2, 1, 5, keys)
+    mask[1, :, :, keys // 2 :] = torch.finfo(torch.float32).min
+    bias, called, own = torch.randn(1, 4, 5, keys, requires_grad=case == "a bias that learns"), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **how: called.append(how) or own(*args, **how))
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "bf16"):
+        out, _ = OURS(nn.Module().train(), query, key, value, mask, scaling=0.3, dropout=0.5 * (case == "dropout"), position_bias=bias)
+    assert bool(called) == (case == "long") and out.is_contiguous()
+    if case in ("long", "as long as ours"):
+        told, given = by_hand(query, key, value, bias + mask, 0.3), torch.randn_like(out)
+        assert torch.allclose(out, told, atol=1e-5)
+        for mine, theirs in zip(*(torch.autograd.grad(x, (query, key, value), given) for x in (out, told)), strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit"])
 def test_a_model_with_our_attention_gives_what_eager_gives(family):
     model = steps.model(family)

@@ -29,7 +29,7 @@ FEWEST = 3  # passes that tell two kernels apart, a model's slow first one among
 FAR = 1.5  # a pace that was so many times slower than the fastest is not tried again
 ROWS, WIDEST = 256, 1024  # of the product that tells the number formats apart: at most so many tokens and features
 CLEAR = 2.0  # by so much one number format's matrix products must be ahead to be taken without a pass in the other
-SHORT = 384  # tokens up to which our attention is the likelier one to win, and is tried first; beyond it the model's own
+SHORT = short_attention.LONG  # tokens up to which our attention is the likelier one to win, and is tried first; beyond it the model's own
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "drop_prob")  # shares kept as plain numbers
 
 

@@ -5,8 +5,10 @@
     dV = D(A)ᵀ dO,   dA = D(dO Vᵀ),   dS = A ∘ (dA − rowsum(dA ∘ A)),   dQ = s dS K,   dK = s dSᵀ Q
 
 A is kept in the format of Q and the mask of D in a byte; D(A) is made again. Eager attention adds an fp32 mask and so goes on
-in fp32, with three such matrices kept; SDPA's kernel recomputes A block by block, which pays at long lengths only. Grouped
-heads read their keys and values in place. Which of the three runs is timed (`probe.choose`).
+in fp32, with three such matrices kept; SDPA's kernel recomputes A block by block. Grouped heads read their keys and values in
+place. Which of the three runs is timed once for a phase (`probe.choose`), at its median length. A longer call is right here, too:
+in bf16 SDPA takes 0.7 to 1.4 times as long at 512 to 2048 keys, and with dropout twice as long; in fp32 without dropout it is twice
+as fast, and such calls of more than `LONG` keys go to it (forward and backward, one thread with AMX, heads of 32 and 64 features).
 
 Shapes: B rows, T queries, S keys, H heads, N heads of keys and values, D features of a head.
 """
@@ -18,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from paretune import anatomy
 from paretune.step import dropout
 
 NAME = "paretune_short"  # in transformers' table
+LONG = 384  # keys beyond which SDPA's kernel is ahead, where it runs: in fp32, without dropout and without a gradient for the bias
 VECTOR = 32  # numbers of bf16 in a vector of 512 bits
 LEAST = -3e38  # stands for minus infinity, in bf16 too; a row without any key then averages all of them, as eager attention does
 
@@ -36,6 +40,9 @@ def _short_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mas
     scale, p = kwargs.get("scaling"), kwargs.get("dropout", 0.0) if module.training else 0.0
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     k = min(round(dropout.STEPS * p), dropout.STEPS - 1)
+    if key.shape[2] > LONG and dtype == torch.float32 and not k and not (bias is not None and bias.requires_grad):
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+        return out.transpose(1, 2).contiguous(), None
     return _Attention.apply(query.to(dtype), key.to(dtype), value.to(dtype), bias, scale, k), None
 
 
