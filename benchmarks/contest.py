@@ -329,7 +329,7 @@ def _equal(found: Found) -> str:
     """The scores of the long cells, and how far the others are from paretune."""
     rows = []
     for (subject, method), cell in ((key, f) for key, f in found.items() if SUBJECTS[key[0]].long):
-        for name in (OURS, *_OTHERS) if cell else ():
+        for name in [who for who in (OURS, *_OTHERS) if who in cell["rounds"][0]] if cell else ():
             results, ours = ([[float(c) for c in r[who]["right"]] for r in cell["rounds"]] for who in (name, OURS))
             low, high = intervals.bootstrap(results)
             gap, least, most = intervals.difference(ours, results)

@@ -1,0 +1,95 @@
+"""The benchmarks of speed, memory and their growth say of every target whether the files meet it, and count a step by all of its parts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import work
+
+from benchmarks import cells, contest, growth, limits
+from paretune import surgery, training
+from paretune.methods.adapters.full import Full
+from paretune.methods.modifiers.schedule import Schedule
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Writes a cell's file of a table."""
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+
+    def write(table, cell, **figures):
+        table.file(cell).parent.mkdir(parents=True, exist_ok=True)
+        table.file(cell).write_text(json.dumps({"cell": cell, "commit": "abc", "date": "2026-11-22", **figures}))
+
+    return write
+
+
+def _row(page, start, after=""):
+    """The texts of the first row of a page that starts so, behind a heading."""
+    lines = page[page.index(after) :].splitlines()
+    return [text.strip() for text in next(line for line in lines if line.startswith(f"| {start}")).strip("| ").split("|")]
+
+
+def _round(times, mb, right):
+    """A round in which paretune is so many times as fast as each of the others, and takes so much memory beside their 100 MB."""
+    others = {"examples_per_s": 10.0, "cpu_s": 2.0, "added_mb": 100.0, "peak_mb": 200.0, "score": 0.5, "right": "0101", "versions": {"transformers": "5"}}
+    ours = {**others, "examples_per_s": 10.0 * times, "added_mb": mb, "right": right}
+    return {contest.OURS: ours, contest.AGAIN: ours, contest.DOCUMENTED: others, contest.GIVEN: others, contest.PLAIN: others}
+
+
+def test_the_contest_judges_each_target_by_medians_of_quotients(written):
+    rounds = [_round(times, mb, "0101") for times, mb in ((3.0, 60), (6.0, 90), (4.0, 65))]
+    written(contest.TABLE, "lora, SST-2", protocol=contest.PROTOCOL, train=9, rounds=rounds, environment={"cpu": "a chip", "threads": 2})
+    written(contest.TABLE, "ia3, SST-2", rounds=rounds)
+    page = contest.page(contest.TABLE)
+    assert _row(page, "lora, SST-2", "## Targets")[1:] == [
+        "4.00 (3.00 to 6.00): not met", "4.00 (3.00 to 6.00): met", "4.00 (3.00 to 6.00): met", "0.65 (0.60 to 0.90): met", "0.65 (0.60 to 0.90): met", "-",
+    ]  # fmt: skip
+    assert _row(page, "met", "## Targets")[1:] == ["0 of 1", "1 of 1", "1 of 1", "1 of 1", "1 of 1", "0 of 0"]
+    assert _row(page, "ia3, SST-2", "## CPU")[1:] == [cells.NOT_RUN] * 6  # a file of an older protocol
+    assert _row(page, "lora, SST-2", "## CPU")[1:] == ["2.0 (2.0 to 2.0)"] * 4 + ["-", "2.0 (2.0 to 2.0)"]
+    assert "SST-2: 9 examples" in page and _row(page, "lora, all of SST-2", "The long cell")[1:] == [cells.NOT_RUN] * 2
+
+
+@pytest.mark.parametrize("right, said", [("01010101", "+0.0 (+0.0 to +0.0), within noise"), ("11111111", "+50.0 (+12.5 to +87.5), told apart")])
+def test_equal_scores_are_told_from_unequal_ones(right, said, written):
+    rounds = [_round(1.0, 50, right) for _ in range(3)]
+    for name in rounds[0]:
+        for found in rounds:
+            found[name]["right"] = right if name in (contest.OURS, contest.AGAIN) else "01010101"
+    written(contest.TABLE, "lora, all of SST-2", protocol=contest.PROTOCOL, train=9, rounds=rounds, environment={"cpu": "a chip", "threads": 2})
+    assert _row(contest.page(contest.TABLE), f"lora, all of SST-2, {contest.PLAIN}", "The long cell")[2] == said
+
+
+def test_a_long_cell_runs_only_where_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    table = cells.Table("some", lambda: [cells.Cell("short", lambda: {"score": 1.0}), cells.Cell("long", lambda: {"score": 1.0}, True)], lambda table: "")
+    for asked, there in (([], False), (["--long"], True)):
+        monkeypatch.setattr("sys.argv", ["some", *asked])
+        table.main()
+        assert table.file("short").is_file() and table.file("long").is_file() is there
+
+
+def test_a_step_is_all_of_its_parts_and_only_later_ones_are_profiled():
+    model, watch, profiled = work.ready("bert"), limits.Watch(), limits.Profiled()
+    surgery.attach(model, [Full()])
+    task = work.text_task(train=32)
+    training.fit(model, task, schedule=Schedule(lr=1e-3, epochs=1.0, batch=8, micro_batch=2, dtype="fp32"), modifiers=[watch, profiled])
+    assert [[len(part["labels"]) for part in step] for step in watch.steps] == [[2] * 4] * 4 and len(watch.marks) == 4
+    steps = sum(event.count for event in profiled.profile.key_averages() if event.key.startswith("Optimizer.step"))
+    assert steps == 4 - limits.WARM and sum(profiled.where().values()) == pytest.approx(1.0)
+
+
+def test_growth_is_judged_beside_the_model_itself(written):
+    def points(power):
+        return [{"n": n, "cpu_s": n**power, "added_mb": float(n), "took_s": 1.0, "dtype": "fp32", "attention": "sdpa"} for n in growth.LINES["length"]]
+
+    here = {"cpu": "a chip", "threads": 2, "memory_mb": 9000}
+    for method, power in (("full", 1.5), ("lora", 1.55), ("ia3", 1.7)):
+        written(growth.TABLE, f"{method} length", points=points(power), environment=here)
+    page = growth.page(growth.TABLE)
+    assert _row(page, "`lora`, CPU ms", "## Length")[-3:] == ["1.55", "1.60", "met"] and _row(page, "`ia3`, CPU ms", "## Length")[-3:] == ["1.70", "1.60", "not met"]
+    assert _row(page, "`lora`, added MB", "## Length")[-3:] == ["1.00", "1.10", "met"] and "3 of 4 figures" in page.replace("\n", " ")
+    assert _row(page, "`adapter`, CPU ms", "## Length")[-1] == cells.NOT_RUN
