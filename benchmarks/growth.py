@@ -113,9 +113,9 @@ def _backbone(folder: Path, *, layers: int) -> str:
     return str(folder)
 
 
-def exponent(points: list[tuple[int, float]]) -> float | None:
-    """b of y = a n^b by least squares of the logarithms, over the upper half of the points; None where memory did not grow at all."""
-    fitted = points[len(points) // 2 :]
+def exponent(points: list[tuple[int, float]], *, whole: bool = False) -> float | None:
+    """b of y = a n^b by least squares of the logarithms, over the upper half of the points or over all; None where memory did not grow at all."""
+    fitted = points if whole else points[len(points) // 2 :]
     if len(fitted) < 2 or min(y for _, y in fitted) <= 0:
         return None
     return statistics.linear_regression(*zip(*((math.log(n), math.log(y)) for n, y in fitted), strict=True)).slope
