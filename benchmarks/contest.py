@@ -296,7 +296,8 @@ def _name(subject: str, method: str) -> str:
 
 
 def _spread(values: list[float], digits: int) -> str:
-    """The median with the lowest and the highest."""
+    """The median with the lowest and the highest; figures below 10 with two digits at least."""
+    digits = max(digits, 2) if values and statistics.median(values) < 10 else digits
     return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})" if values else "-"
 
 

@@ -48,7 +48,7 @@ def test_the_contest_judges_each_target_by_medians_of_quotients(written):
     ]  # fmt: skip
     assert _row(page, "met", "## Targets")[1:] == ["0 of 1", "1 of 1", "1 of 1", "1 of 1", "1 of 1", "0 of 0"]
     assert _row(page, "ia3, SST-2", "## CPU")[1:] == [cells.NOT_RUN] * 6  # a file of an older protocol
-    assert _row(page, "lora, SST-2", "## CPU")[1:] == ["2.0 (2.0 to 2.0)"] * 4 + ["-", "2.0 (2.0 to 2.0)"]
+    assert _row(page, "lora, SST-2", "## CPU")[1:] == ["2.00 (2.00 to 2.00)"] * 4 + ["-", "2.00 (2.00 to 2.00)"]
     assert "SST-2: 9 examples" in page and _row(page, "lora, all of SST-2", "The long cell")[1:] == [cells.NOT_RUN] * 2
 
 
