@@ -107,9 +107,9 @@ class LowRank(Patch):
         """(W + s · B A) x + b at a float linear map, all of which this adapts; in 16 bits W + s · B A would be rounded."""
         if torch.compiler.is_compiling():
             return None
-        r, inputs = self.A.shape
+        shape = self.site.out_features, self.site.in_features
         learns = torch.is_grad_enabled() and self.A.requires_grad
-        thin, whole = operations(x.numel() // inputs, (len(self.B), inputs), r=r, learns=learns)
+        thin, whole = operations(x.numel() // shape[1], shape, r=len(self.A), learns=learns)
         if thin < whole + WORTH or self.site.rows is not None or base_of(module) is not nn.Linear or self.training and self.dropout:
             return None
         if not x.dtype == module.weight.dtype == self.A.dtype or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
