@@ -97,7 +97,8 @@ A map W (O, I) with `lora(r)` is x Wᵀ + s (x Aᵀ) Bᵀ, or x (W + s BA)ᵀ. `
 counts for the shapes at hand (`operations` in `lora.py` has the formulas), one LoRA stands alone at a float map of its own, and nothing is dropped out.
 
 CPU time of the second order as a share of the first's, medians of {found["rounds"]} rounds on one thread of {found["environment"].get("cpu")}, fp32;
-**bold** where it is chosen. Where it is chosen, it takes {min(ratios):.2f} to {max(ratios):.2f} of the time; above 1 it would be slower, in {sum(r > 1 for r in ratios)} of {len(ratios)} places.
+**bold** where it is chosen. Where it is chosen, it takes {min(ratios):.2f} to {max(ratios):.2f} of the time;
+above 1 it would be slower, in {sum(r > 1 for r in ratios)} of {len(ratios)} places.
 
 ## An answer, without gradients
 
