@@ -135,7 +135,7 @@ GRIDS = {
         columns=_little("sst2", 400), epochs=lambda task: 5.0, batch=16,
         claims=(
             ('"query"', '"query value"', "Hu et al. 2021, table 5"), ('"query value"', '"attention"', "equal in Hu et al. 2021, table 5"),
-            ("r=1,", "r=8,", "equal in Hu et al. 2021, table 6"), ("r=8,", "r=64,", "equal in Hu et al. 2021, table 6"),
+            ("r=1", "r=8", "equal in Hu et al. 2021, table 6"), ("r=8", "r=64", "equal in Hu et al. 2021, table 6"),
         ),
     ),
     "defaults": Grid(
@@ -165,7 +165,7 @@ GRIDS = {
         columns=_little("sst2", 400), epochs=lambda task: 8.0, batch=16,
         claims=(
             ("random", "vocabulary", "Lester et al. 2021, figure 3b"), ("vocabulary", "classes", "Lester et al. 2021, figure 3b"),
-            ("length=1)", "length=20)", "Lester et al. 2021, figure 3a"), ("length=20)", "length=50)", "equal in Lester et al. 2021, figure 3a"),
+            ("length=1", "length=20", "Lester et al. 2021, figure 3a"), ("length=20", "length=50", "equal in Lester et al. 2021, figure 3a"),
         ),
     ),
     "causal": Grid(
