@@ -88,7 +88,7 @@ def _merged(run: store.Run, folder: Path) -> tuple[Parity | None, tuple[str, ...
     try:
         task = inference.tested(run)
         lack = "" if len(task.test) else "there are none"
-    except DataError as error:
+    except (DataError, StoreError) as error:
         lack = str(error)
     if lack:
         return None, (f"adapters are left apart, for a merge is compared on test rows: {lack}",)

@@ -481,11 +481,11 @@ def test_t5_a_merged_model_is_as_good_and_brings_its_tokenizer(tmp_path):
 def test_t6_an_export_that_fails_leaves_the_run_and_no_half_of_a_folder(tmp_path, monkeypatch):
     """Export fails after training succeeded: disk full, no memory to merge, no such format."""
 
-    def full(*args):
+    def full(*args, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     saved(adapted(), tmp_path / "run" / "model")
-    run = store.Run(tmp_path / "run", {"backbone": str(tmp_path)})
+    run = store.Run(tmp_path / "run", {"backbone": str(tmp_path), "task_definition": work.text_task().define()})
     before = {path: path.read_bytes() for path in run.model.iterdir()}
     with pytest.raises(Incompatible, match="hf"):
         exports.write(run, tmp_path / "to", to="gguf")
