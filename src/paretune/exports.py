@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from paretune import anatomy, backbones, bitsandbytes_files, folding, inference, onnx_files, peft_format, phases, processors, recipe, store, surgery
+from paretune import anatomy, backbones, bitsandbytes_files, folding, hub, inference, onnx_files, peft_format, phases, processors, recipe, store, surgery
 from paretune.errors import BackboneError, DataError, Incompatible, StoreError, unknown
 from paretune.meters.cost import MEASURED, unmeasured
 from paretune.parity import TITLES, Answers, Parity
@@ -81,9 +81,11 @@ def _write_hub(run: store.Run, folder: Path, record: dict[str, Any], *, merge: b
 
 def _merged(run: store.Run, folder: Path) -> tuple[Parity | None, tuple[str, ...]]:
     """Writes the run's model with its adapters merged and compares it with the run's; where they stay apart it writes nothing, and says why."""
+    if not hub.attached(store.read_json(run.model / "config.json")):
+        return None, ()
     model = inference.open_model(run.model, inference.task_of(run))
     notes = folding.attempt(model)
-    if not notes or surgery.state(model).adapters:
+    if surgery.state(model).adapters:
         return None, notes
     try:
         task = inference.tested(run)

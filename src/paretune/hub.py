@@ -57,6 +57,14 @@ def speaks(config: dict[str, Any]) -> bool:
     return any(p["adapter"] == READOUT and not p["site"]["path"] for p in about.get("patches", []))
 
 
+def attached(config: dict[str, Any]) -> bool:
+    """Does a saved config tell of adapters that stand beside the weights?"""
+    from paretune.seams import OWN
+
+    about = config.get("quantization_config") or {}
+    return any(p["adapter"] not in OWN for p in about.get("patches", []))
+
+
 def _short(rows: tuple[int, ...] | None) -> Any:
     """Rows as the config keeps them: a run of neighbors as its ends."""
     from paretune.seams import contiguous

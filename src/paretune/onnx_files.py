@@ -167,15 +167,18 @@ def _quantize(graph: ir.Model, maps: Mapping[str, PackedLinear]) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
     from onnx_ir.tape import Tape
 
+    found = set()
     for node in list(graph.graph):
-        module = next((maps[path] for path in maps if f"'model.{path}'" in node.metadata_props.get(SCOPES, "")), None)
-        if module is None or node.op_type not in ("MatMul", "Gemm"):
+        path = next((path for path in maps if f"'model.{path}'" in node.metadata_props.get(SCOPES, "")), None)
+        if path is None or node.op_type not in ("MatMul", "Gemm"):
             continue
+        found.add(path)
         tape = Tape(graph.graph)
-        y = _product(tape, node.inputs[0], module, name=node.name or "")
+        y = _product(tape, node.inputs[0], maps[path], name=node.name or "")
         if node.op_type == "Gemm":  # a product of matrices, with its bias
             y = tape.op("Add", [y, node.inputs[2]]) if len(node.inputs) > 2 else y
         replace_nodes_and_values(graph.graph, node, [node], tape.nodes, node.outputs, [y])
+    assert found == set(maps), "every packed map is a product in the graph"
     RemoveUnusedNodesPass()(graph)
 
 

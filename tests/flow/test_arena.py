@@ -10,7 +10,7 @@ import transformers
 
 import paretune as pt
 from benchmarks import arena, cells, long_range
-from paretune import registry
+from paretune import registry, seams
 
 FILES = sorted(path.stem for path in arena.FOLDER.glob("*.json"))
 
@@ -41,6 +41,8 @@ def test_an_attention_fits_the_smallest_full_size(method):
     model = transformers.BertModel(arena.config(arena.ARENA[large.task], **large.encoder))
     ((transform,),) = pt.parse(method).phases
     pt.shrink(model, transform)
+    patches = [p for _, _, seam in seams.seams_of(model) for _, _, p in seam.patches([seams.ATTENTION])]
+    assert {repr(p.method).partition("(")[0] for p in patches} == {method.partition("(")[0]} and len(patches) >= large.encoder["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("name", arena.ARENA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch.nn import functional as F
 
 from benchmarks import cells, windows
 
@@ -48,6 +49,12 @@ def test_pays_from_the_length_behind_the_last_that_is_slower():
 
 
 @pytest.mark.parametrize("what", ["attention", "step"])
-def test_every_way_runs(what):
-    for way in windows.attentions(300, True) if what == "attention" else windows.trainings(300):
-        way[1]()
+def test_every_way_computes_attention(what, monkeypatch):
+    calls, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **how: calls.append(args[0].shape) or kernel(*args, **how))
+    ways = dict(windows.attentions(300, True) if what == "attention" else windows.trainings(300))
+    assert {windows.PLAIN, windows.AGAIN, windows.LONGFORMER, windows.CHUNKS} <= set(ways)
+    for name, way in ways.items():
+        calls.clear()
+        way()
+        assert len(calls) >= (1 if what == "attention" else 4), name

@@ -121,7 +121,7 @@ def _formats(model: nn.Module, first: Tensor) -> list[str]:
     """The number formats worth a pass of the model: on a CPU the one whose products are far ahead, or both; bf16 first."""
     if first.device.type != "cpu":
         return ["bf16", "fp32"] if first.device.type == "cuda" and torch.cuda.is_bf16_supported() else ["fp32"]
-    weights = [m._parameters["weight"] for m in model.modules() if anatomy.is_linear(m) and m._parameters.get("weight") is not None]
+    weights = (m._parameters.get("weight") for m in model.modules() if anatomy.is_linear(m))
     shapes = collections.Counter(tuple(min(size, WIDEST) for size in w.shape) for w in weights if w is not None)
     if not shapes:
         return ["bf16", "fp32"]

@@ -6,9 +6,8 @@
 
 A is kept in the format of Q and the mask of D in a byte; D(A) is made again. Eager attention adds an fp32 mask and so goes on
 in fp32, with three such matrices kept; SDPA's kernel recomputes A block by block. Grouped heads read their keys and values in
-place. Which of the three runs is timed once for a phase (`probe.choose`), at its median length. A longer call is right here, too:
-in bf16 SDPA takes 0.7 to 1.4 times as long at 512 to 2048 keys, and with dropout twice as long; in fp32 without dropout it is twice
-as fast, and such calls of more than `LONG` keys go to it (forward and backward, one thread with AMX, heads of 32 and 64 features).
+place. Which of the three runs is timed once for a phase (`probe.choose`), at its median length. A longer call is right here, too;
+in fp32, without dropout and with more than `LONG` keys, it goes to SDPA, whose kernel is ahead there.
 
 Shapes: B rows, T queries, S keys, H heads, N heads of keys and values, D features of a head.
 """

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from paretune import training
 from paretune.roles import Examples
@@ -37,15 +38,8 @@ def at_inputs(model: nn.Module, paths: Sequence[str], *, change: Callable[[str, 
     def hook(path: str) -> Callable[[nn.Module, tuple], tuple]:
         return lambda _, args: (change(path, args[0]), *args[1:])
 
-    was_training = model.training
-    handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in dict.fromkeys(paths)]
-    model.eval()
-    try:
+    with _hooked(model, [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in dict.fromkeys(paths)]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
 
 
 @contextlib.contextmanager
@@ -59,8 +53,14 @@ def at_outputs(model: nn.Module, paths: Sequence[str], *, change: Callable[[str,
 
         return changed
 
+    with _hooked(model, [model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in paths]):
+        yield
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """The model in evaluation mode; afterwards these hooks are gone and its mode is as before."""
     was_training = model.training
-    handles = [model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in paths]
     model.eval()
     try:
         yield
