@@ -67,7 +67,7 @@ def test_a_training_reaches_its_first_step_within_a_second_of_opening_the_model(
     task, found = work.text_task(train=256, validation=12), []
     for _ in range(3):
         monkeypatch.setattr(probe, "_CHOSEN", {})
-        probe._product_seconds.cache_clear()
+        probe.forget()
         found.append(to_first_step(task))
     assert statistics.median(found) < BESIDE_S
     assert found[0] < 2 * BESIDE_S, "with all that is imported on first use"

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from paretune import anatomy
+from paretune.meters.system import Fastest
 from paretune.methods.adapters.full import Full
 from paretune.methods.transforms.longformer import Longformer
 from paretune.step import dropout, probe, short_attention
@@ -247,14 +248,14 @@ def test_nothing_is_timed_where_there_is_nothing_to_choose():
     assert probe.fastest(None, formats=["fp32"], kernels=["own"], passes=100) == Pace("fp32", "own")
 
 
-@pytest.mark.parametrize(("fp32", "bf16", "formats"), [(3.0, 1.0, ["bf16"]), (1.0, 3.0, ["fp32"]), (1.3, 1.0, ["bf16", "fp32"])])
-def test_a_product_of_the_commonest_shape_tells_the_formats_apart(monkeypatch, fp32, bf16, formats):
+@pytest.mark.parametrize(("ratio", "formats"), [(3.0, ["bf16"]), (1 / 3, ["fp32"]), (1.3, ["bf16", "fp32"])])
+def test_a_product_of_the_commonest_shape_tells_the_formats_apart(monkeypatch, ratio, formats):
     asked = []
-    monkeypatch.setattr(probe, "_product_seconds", lambda shape, rows: asked.append((shape, rows)) or (fp32, bf16))
+    monkeypatch.setattr(probe.system, "fastest_dtype", lambda **how: asked.append(how) or Fastest("", ratio))
     for family in ("bert", "gpt2"):  # whose weights stand the other way round
         assert probe._formats(steps.model(family), torch.ones(2, 7)) == formats
     hidden = steps.model("bert").config.hidden_size
-    assert asked[0][1] == 14 and hidden in asked[0][0]
+    assert asked[0]["rows"] == 14 and hidden in asked[0]["shapes"][0]
 
 
 def test_frozen_maps_are_cast_once_however_their_weights_are_stored():

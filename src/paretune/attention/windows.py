@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 
 from paretune.attention import Attend, Call, efficient
 from paretune.errors import Incompatible
+from paretune.meters import clock
 from paretune.roles import Method
 
 CHUNK = (64, 256)  # fewest and most queries of a chunk: 128 and 256 tie on a CPU, 64 and 512 are slower at 16,384 tokens
@@ -233,11 +233,11 @@ def _one_thread() -> Iterator[None]:
 
 def _seconds(way: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> float:
     """Of forward and backward: of processor time on a CPU, whoever else is at work there."""
-    clock = time.process_time if inputs[0].device.type == "cpu" else time.perf_counter
-    started = clock()
+    now = clock.ticks(inputs[0].device.type)
+    started = now()
     with torch.enable_grad():
         float(torch.autograd.grad(way().sum(), inputs)[0].sum())  # waits for the device
-    return clock() - started
+    return now() - started
 
 
 # --- in chunks ------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 
 import psutil
 
@@ -28,6 +29,13 @@ class Moment:
     cpu_s: float
     machine_s: float
     counters: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def ticks(device: str) -> Callable[[], float]:
+    """Seconds that tell two ways apart: of one thread on a processor its own time, whoever else is at work there, else wall time."""
+    import torch
+
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def now(counters: dict[str, float] | None = None) -> Moment:

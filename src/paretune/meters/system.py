@@ -14,9 +14,10 @@ from typing import Any
 import psutil
 import torch
 
-from paretune.meters import energy
+from paretune.meters import clock, energy
 
 CPUINFO = Path("/proc/cpuinfo")
+STACK = ((384, 1536), (1536, 384), (384, 384))  # a small model's maps
 # what makes bf16 or int8 fast on a processor
 RELEVANT = ("amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "bf16", "i8mm", "sve")
 
@@ -54,18 +55,20 @@ def meters() -> dict[str, str]:
 
 
 @functools.cache
-def fastest_dtype(device: str = "cpu", *, limit_s: float = 0.7) -> Fastest:
+def fastest_dtype(device: str = "cpu", *, shapes: tuple[tuple[int, int], ...] = STACK, rows: int = 256, limit_s: float = 0.7) -> Fastest:
     """Times forward and backward of a small stack of linear maps in fp32 and under bf16 autocast, in turn; the medians decide.
 
     Some processors do bf16 over twice as fast, others slower than fp32, and their names don't tell. Bf16 must win by a tenth.
 
     Args:
         device: where to try.
+        shapes: of the maps, (I, O) each.
+        rows: tokens that pass at once.
         limit_s: about how long to take.
     """
     with torch.random.fork_rng():  # what is drawn here must not shift what a seed gives
-        layers = torch.nn.Sequential(*(torch.nn.Linear(*shape) for shape in ((384, 1536), (1536, 384), (384, 384)))).to(device)
-    inputs = torch.ones(256, 384, device=device)
+        layers = torch.nn.Sequential(*(torch.nn.Linear(*shape) for shape in shapes)).to(device)
+    inputs = torch.ones(rows, shapes[0][0], device=device)
     times: dict[bool, list[float]] = {False: [], True: []}
     with torch.enable_grad():
         for low in times:
@@ -79,13 +82,14 @@ def fastest_dtype(device: str = "cpu", *, limit_s: float = 0.7) -> Fastest:
 
 
 def _step(layers: torch.nn.Module, inputs: torch.Tensor, low: bool) -> float:
-    start = time.perf_counter()
+    now = clock.ticks(inputs.device.type)
+    start = now()
     with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=low):
         loss = layers(inputs).float().square().mean()
     loss.backward()
     if inputs.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def _processor() -> tuple[str, list[str]]:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from paretune import anatomy, seams
+from paretune.meters import clock, system
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.step import cross_entropy, mapped, narrow, packing, short_attention
 from paretune.step.dropout import cheap as cheap_dropout
@@ -76,7 +76,7 @@ def choose(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], schedule: S
 def forget() -> None:
     """Forgets what was chosen and timed, as a new process would: the next phase times anew."""
     _CHOSEN.clear()
-    _product_seconds.cache_clear()
+    system.fastest_dtype.cache_clear()
 
 
 def fastest(timed: Callable[..., float], *, formats: Sequence[str], kernels: Sequence[str], passes: float) -> Pace:
@@ -125,35 +125,9 @@ def _formats(model: nn.Module, first: Tensor) -> list[str]:
     shapes = collections.Counter(tuple(min(size, WIDEST) for size in w.shape) for w in weights if w is not None)
     if not shapes:
         return ["bf16", "fp32"]
-    fp32, bf16 = _product_seconds(max(shapes, key=lambda shape: shapes[shape] * math.prod(shape)), rows=min(ROWS, first.numel()))
-    return ["bf16"] if fp32 > CLEAR * bf16 else ["fp32"] if bf16 > CLEAR * fp32 else ["bf16", "fp32"]
-
-
-@functools.cache
-def _product_seconds(shape: tuple[int, int], *, rows: int) -> tuple[float, float]:
-    """Of a product with a frozen weight of this shape, forward and backward, in fp32 and in bf16 with the input's cast; the fastest of five each."""
-    wide = torch.ones(rows, shape[1]), torch.ones(shape)
-    narrow = wide[1].bfloat16()
-
-    def in_fp32() -> Tensor:
-        return wide[0] @ wide[1].T @ wide[1]
-
-    def in_bf16() -> Tensor:
-        return wide[0].bfloat16() @ narrow.T @ narrow
-
-    found: dict[Callable[[], Tensor], list[float]] = {in_fp32: [], in_bf16: []}
-    with torch.no_grad():
-        for _ in range(5):
-            for way, seconds in found.items():
-                started = clock("cpu")()
-                way()
-                seconds.append(clock("cpu")() - started)
-    return min(found[in_fp32]), min(found[in_bf16])
-
-
-def clock(device: str) -> Callable[[], float]:
-    """What tells ways apart: of one thread its processor time, whoever else is at work there, else wall time."""
-    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    shape = max(shapes, key=lambda shape: shapes[shape] * math.prod(shape))
+    ratio = system.fastest_dtype(shapes=(shape,), rows=min(ROWS, first.numel()), limit_s=0.0).ratio
+    return ["bf16"] if ratio > CLEAR else ["fp32"] if ratio * CLEAR < 1 else ["bf16", "fp32"]
 
 
 def _attentions(model: Any) -> list[str]:
@@ -163,8 +137,8 @@ def _attentions(model: Any) -> list[str]:
 
 
 def step_seconds(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], pace: Pace, dropout: bool) -> float:
-    """Seconds (`clock`) of one forward and backward pass at a pace; no gradient is kept and no parameter moves."""
-    was_training, now = model.training, clock(next(model.parameters()).device.type)
+    """Seconds (`clock.ticks`) of one forward and backward pass at a pace; no gradient is kept and no parameter moves."""
+    was_training, now = model.training, clock.ticks(next(model.parameters()).device.type)
     with paced(model, pace, dropout=dropout):
         with autocast(pace):
             output = cross_entropy.projection(model, kind, batch=batch)
