@@ -39,7 +39,7 @@ class MAML(Modifier):
 
     order: int = knob(1, "2: the gradient through the inner steps; 1: without their derivative", choices=(1, 2))
     inner_steps: int = knob(1, "steps of adaptation in an episode; 0 is training as without maml", low=0, search="1..5")
-    inner_lr: float = knob(0.01, "α, the rate of these steps", low=0.0, search="1e-3..1e-1 log")
+    inner_lr: float = knob(0.1, "α, the rate of these steps", low=0.0, search="1e-2..1.0 log")
     ways: int | None = knob(None, "classes of an episode; None is all, five at most", low=2)
     shots: int = knob(4, "examples of each class to adapt on", low=1)
     queries: int = knob(4, "examples of each class to be judged by", low=1)

@@ -36,7 +36,7 @@ class Reptile(Modifier):
     )
 
     inner_steps: int = knob(3, "k: steps on an episode; 1 is joint training over episodes, 0 training as without reptile", low=0, search="2..8")
-    inner_lr: float = knob(0.01, "α, the rate of these steps", low=1e-8, search="1e-3..1e-1 log")
+    inner_lr: float = knob(0.1, "α, the rate of these steps", low=1e-8, search="1e-2..1.0 log")
     ways: int | None = knob(None, "classes of an episode; None is all, five at most", low=2)
     shots: int = knob(4, "examples of each class", low=1)
 
