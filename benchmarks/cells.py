@@ -97,6 +97,42 @@ class Table:
         print(f"{cell.name}: {figures['score']:.4f} in {figures['wall_s']:.0f} s", flush=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What is measured in one go, its ways taking turns in rounds: results/<name>.json with the machine in it, and docs/<name>.md made from that."""
+
+    name: str
+    measured: Callable[[int], dict[str, Any]]  # of so many rounds
+    page: Callable[[dict[str, Any]], str]
+    rounds: int
+
+    @property
+    def file(self) -> Path:
+        """Where the figures are kept."""
+        return ROOT / "benchmarks" / "results" / f"{self.name}.json"
+
+    def found(self) -> dict[str, Any] | None:
+        """The figures, or None where nothing was run."""
+        return json.loads(self.file.read_text()) if self.file.is_file() else None
+
+    def main(self) -> None:
+        """The command line of a timing."""
+        parser = argparse.ArgumentParser(description=f"Measures {self.name}.")
+        parser.add_argument("--rounds", type=int, default=self.rounds)
+        parser.add_argument("--table", action="store_true", help="write the page from the file alone")
+        asked = parser.parse_args()
+        if not asked.table:
+            from paretune.meters import system
+
+            figures = {"environment": system.describe(), **self.measured(asked.rounds)}
+            self.file.write_text(json.dumps(figures, indent=1) + "\n")
+        self.write()
+
+    def write(self) -> None:
+        """The page, from the file."""
+        (ROOT / "docs" / f"{self.name.replace('_', '-')}.md").write_text(self.page(json.loads(self.file.read_text())))
+
+
 def verdict(figure: float | None, *, least: float | None = None, most: float | None = None) -> str:
     """Is a target met? Of a figure that is to be at least, or at most, so much."""
     if figure is None:

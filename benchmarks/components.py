@@ -11,8 +11,6 @@ so the dot product is the largest term from n = 4 d on by count. The three parts
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,30 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cells
+from benchmarks.cells import Timing
 
 WIDTHS, LENGTHS = (128, 384, 768), (128, 256, 512, 1024, 2048, 4096, 8192)
 HEAD = 64
 COUNTED: dict[str, Callable[[int, int], int]] = {  # n, d -> floating-point operations
     "projections": lambda n, d: 8 * n * d**2, "scaled dot product": lambda n, d: 4 * n**2 * d, "feed-forward": lambda n, d: 16 * n * d**2,
 }  # fmt: skip
-FILE = Path(__file__).parent / "results" / "components.json"
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def main() -> None:
-    """Times the parts and writes the file, the figure and the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--table", action="store_true", help="only make the figure and the page from the file")
-    asked = parser.parse_args()
-    if not asked.table:
-        from paretune.meters import system
-
-        points = [{"n": n, "d": d, **timed(n, d, rounds=asked.rounds)} for d in WIDTHS for n in LENGTHS]
-        FILE.write_text(json.dumps({"points": points, "environment": system.describe()}, indent=1) + "\n")
-    found = json.loads(FILE.read_text())
-    figure(found)
-    (DOCS / "components.md").write_text(page(found))
+def measured(rounds: int) -> dict[str, Any]:
+    """CPU seconds of the parts at each point."""
+    return {"points": [{"n": n, "d": d, **timed(n, d, rounds=rounds)} for d in WIDTHS for n in LENGTHS]}
 
 
 def parts(n: int, d: int) -> dict[str, Callable[[], Any]]:
@@ -106,7 +93,8 @@ def _share(of: dict[str, float], name: str) -> float:
 
 
 def page(found: dict[str, Any]) -> str:
-    """docs/components.md, from the file."""
+    """docs/components.md and its figure, from the file."""
+    figure(found)
     rows = []
     for d in WIDTHS:
         points = [p for p in found["points"] if p["d"] == d]
@@ -126,5 +114,7 @@ Made by `python -m benchmarks.components` from `benchmarks/results/components.js
 """
 
 
+TIMING = Timing("components", measured, page, rounds=5)
+
 if __name__ == "__main__":
-    main()
+    TIMING.main()

@@ -9,19 +9,16 @@ backwards; `full` stands twice as the A/A control. Needs the folder of data sets
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import paretune as pt
 from benchmarks import adaptation, cells, data, in_context, limits
+from benchmarks.cells import Timing
 from paretune import phases, recipe, surgery, training
-from paretune.meters import system
 from paretune.methods.modifiers.schedule import Schedule
 from paretune.roles import Modifier
 from paretune.tasks import Task
@@ -32,27 +29,17 @@ EPISODES = "ways=2, shots=4"  # an episode of 2 classes, with as many queries as
 MINILM = {AGAIN: "full", "dora": "dora", "maml": f"full + maml(queries=4, {EPISODES})", "reptile": f"full + reptile({EPISODES})",
           **{name: text for name, (text, _) in adaptation.METHODS.items()}}  # fmt: skip
 RANKED = {FULL: "full", AGAIN: "full", "length_norm": "full + length_norm", "unlikelihood": "full + unlikelihood", "t_few": "t_few"}
-SUBJECTS = {"MiniLM": ("minilm", "", MINILM), "books-gpt2, ranking answers": (in_context.GPT2, f'choices({in_context.SPOKEN["sst2"]})', RANKED)}
-FILE = Path(__file__).parent / "results" / "method_steps.json"
-PAGE = Path(__file__).parent.parent / "docs" / "method-steps.md"
+SUBJECTS = {"MiniLM": ("minilm", "", MINILM), "books-gpt2, ranking answers": (in_context.GPT2, f"choices({in_context.SPOKEN['sst2']})", RANKED)}
 
 
-def main() -> None:
-    """Runs the rounds and writes the file and the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--table", action="store_true", help="only write the page from the file")
-    asked = parser.parse_args()
-    if not asked.table:
-        task = data.task("sst2", train=BATCH * STEPS, validation=0, test=1)
-        rounds = {}
-        for subject, (backbone, readout, recipes) in SUBJECTS.items():
-            names = list(recipes)
-            rounds[subject] = [
-                {name: seconds(recipes[name], task, backbone, readout) for name in (names[::-1] if i % 2 else names)} for i in range(asked.rounds)
-            ]
-        FILE.write_text(json.dumps({"environment": system.describe(), "threads": torch.get_num_threads(), "rounds": rounds}, indent=1) + "\n")
-    PAGE.write_text(page(json.loads(FILE.read_text())))
+def measured(rounds: int) -> dict[str, Any]:
+    """CPU seconds of a step, by model, round and method."""
+    task = data.task("sst2", train=BATCH * STEPS, validation=0, test=1)
+    found = {}
+    for subject, (backbone, readout, recipes) in SUBJECTS.items():
+        names = list(recipes)
+        found[subject] = [{name: seconds(recipes[name], task, backbone, readout) for name in (names[::-1] if i % 2 else names)} for i in range(rounds)]
+    return {"threads": torch.get_num_threads(), "rounds": found}
 
 
 def seconds(text: str, task: Task, backbone: str, readout: str) -> float:
@@ -96,5 +83,7 @@ Made by `python -m benchmarks.method_steps` from `benchmarks/results/method_step
 """
 
 
+TIMING = Timing("method_steps", measured, page, rounds=9)
+
 if __name__ == "__main__":
-    main()
+    TIMING.main()

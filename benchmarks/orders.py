@@ -7,11 +7,8 @@ One linear map and its adapter in fp32, on one thread. The orders take turns wit
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,31 +16,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import cells
+from benchmarks.cells import Timing
 from paretune import surgery
 from paretune.anatomy import Site
-from paretune.meters import system
 from paretune.methods.adapters.lora import WORTH, LoRA, LowRank, operations
 
 SHAPES = ((384, 384), (1536, 384), (384, 1536))  # (O, I)
 RANKS = (8, 64, 256)
 ROWS = (16, 64, 128, 256, 512, 1024)
 SECONDS = 0.03  # of one way in a round
-FILE = Path(__file__).parent / "results" / "orders.json"
-PAGE = Path(__file__).parent.parent / "docs" / "orders.md"
 
 
-def main() -> None:
-    """Times all shapes and writes the file and the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--table", action="store_true", help="only write docs/orders.md from the file")
-    asked = parser.parse_args()
-    if not asked.table:
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        timed = [timing(shape, r, rows=n, learns=learns, rounds=asked.rounds) for learns in (False, True) for shape in SHAPES for r in RANKS for n in ROWS]
-        FILE.write_text(json.dumps({"environment": system.describe(), "rounds": asked.rounds, "timed": timed}, indent=1) + "\n")
-    PAGE.write_text(page(json.loads(FILE.read_text())))
+def measured(rounds: int) -> dict[str, Any]:
+    """The timings of all shapes."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    timed = [timing(shape, r, rows=n, learns=learns, rounds=rounds) for learns in (False, True) for shape in SHAPES for r in RANKS for n in ROWS]
+    return {"rounds": rounds, "timed": timed}
 
 
 def timing(shape: tuple[int, int], r: int, *, rows: int, learns: bool, rounds: int) -> dict[str, Any]:
@@ -128,5 +117,7 @@ def _ratios(timing: dict[str, Any]) -> list[float]:
     return [w / t for w, t in zip(timing["cpu_s"]["whole"], timing["cpu_s"]["thin"], strict=True)]
 
 
+TIMING = Timing("orders", measured, page, rounds=7)
+
 if __name__ == "__main__":
-    main()
+    TIMING.main()

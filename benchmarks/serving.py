@@ -8,41 +8,29 @@ folder of data sets (`benchmarks/data.py`) and, for graphs, `paretune[onnx]`.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import paretune as pt
 from benchmarks import cells, data
+from benchmarks.cells import Timing
 from paretune import inference, serving
-from paretune.meters import system
 
 RECIPES = ("lora(r=8)", 'lora(r=8, targets="query value")', "lora(r=64)", "ia3")
 BATCHES = {1: 200, 32: 10}  # texts at a time, and how many times in a round
 MERGED, AGAIN, SAVED = "merged", "merged, again", "as saved"
 ROWS = 1000
-FILE = Path(__file__).parent / "results" / "serving.json"
-PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
 
 
-def main() -> None:
-    """Runs the rounds and writes the file and the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--table", action="store_true", help="only write docs/serving.md from the file")
-    asked = parser.parse_args()
-    if not asked.table:
-        found = {"environment": system.describe(), "threads": torch.get_num_threads(), "unmerged": unmerged(asked.rounds), "many": many(asked.rounds)}
-        FILE.write_text(json.dumps(found, indent=1) + "\n")
-    PAGE.write_text(page(json.loads(FILE.read_text())))
+def measured(rounds: int) -> dict[str, Any]:
+    """CPU seconds of one answer and of many."""
+    return {"threads": torch.get_num_threads(), "unmerged": unmerged(rounds), "many": many(rounds)}
 
 
 def unmerged(rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -50,9 +38,7 @@ def unmerged(rounds: int) -> dict[str, dict[str, list[float]]]:
     given = data.task("sst2", train=8, validation=1, test=200)
     benches = {MERGED: _bench(RECIPES[0], given, merged=True), AGAIN: _bench(RECIPES[0], given, merged=True)}
     benches |= {recipe: _bench(recipe, given, merged=False) for recipe in RECIPES}
-    return {
-        str(batch): _timed({name: b.one if batch == 1 else b.many(batch) for name, b in benches.items()}, rounds, times) for batch, times in BATCHES.items()
-    }
+    return {str(batch): _timed({name: b.one if batch == 1 else b.many(batch) for name, b in benches.items()}, rounds, times) for batch, times in BATCHES.items()}
 
 
 def _bench(recipe: str, given: Any, *, merged: bool) -> inference.Bench:
@@ -125,5 +111,7 @@ def _ratio(times: dict[str, list[float]], above: str, below: str) -> str:
     return f"{statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}"
 
 
+TIMING = Timing("serving", measured, page, rounds=7)
+
 if __name__ == "__main__":
-    main()
+    TIMING.main()

@@ -8,13 +8,11 @@ LoRA, one epoch. Each variant trains in a fresh process; they take turns, and on
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 from benchmarks import cells, rows, step_parts
+from benchmarks.cells import Timing
 from paretune import batches
 from paretune.meters import memory
 
@@ -22,20 +20,11 @@ WHOLE, AS_THEY_COME = "batches whole", "widths as they come"
 TOKENS = {"half as many tokens at once": batches.CACHED // 2, "twice as many tokens at once": batches.CACHED * 2, WHOLE: 10**9}
 VARIANTS = ("as it is", "as it is, again", *TOKENS, AS_THEY_COME)
 SUBJECTS: dict[str, dict[str, Any]] = {"stdlib-topics": {"train": 160, "batch": 32}, "sst2": {"train": 600, "batch": 16}}
-FILE = Path(__file__).parent / "results" / "step.json"
-PAGE = Path(__file__).parent.parent / "docs" / "step.md"
 
 
-def main() -> None:
-    """Runs the variants in turn and writes the file and the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--table", action="store_true", help="only write docs/step.md from the file")
-    asked = parser.parse_args()
-    if not asked.table:
-        found = {subject: [_round(subject, VARIANTS[:: -1 if i % 2 else 1]) for i in range(asked.rounds)] for subject in SUBJECTS}
-        FILE.write_text(json.dumps(found, indent=1) + "\n")
-    PAGE.write_text(page(json.loads(FILE.read_text())))
+def measured(rounds: int) -> dict[str, Any]:
+    """The figures of every variant, by subject and round."""
+    return {subject: [_round(subject, VARIANTS[:: -1 if i % 2 else 1]) for i in range(rounds)] for subject in SUBJECTS}
 
 
 def _round(subject: str, variants: tuple[str, ...]) -> dict[str, Any]:
@@ -61,7 +50,7 @@ def one(subject: str, variant: str) -> dict[str, Any]:
 def page(found: dict[str, Any]) -> str:
     """docs/step.md, from the file."""
     some = found["sst2"][0]["as it is"]
-    tables = "".join(_table(subject, rounds) for subject, rounds in found.items())
+    tables = "".join(_table(subject, found[subject]) for subject in SUBJECTS)
     return f"""# What cut batches and few widths save on a CPU
 
 LoRA of the attention's maps, one epoch with its validation pass and the probe before it, {some["dtype"]}, on {some["cpu"]}. Medians of
@@ -94,5 +83,7 @@ def _row(name: str, rounds: list[dict[str, Any]]) -> list[str]:
     return [name, f"{middle('train_cpu_s'):.1f}", ratio("train_cpu_s"), ratio("train_s"), f"{middle('added_mb'):,.0f}"]
 
 
+TIMING = Timing("step", measured, page, rounds=3)
+
 if __name__ == "__main__":
-    main()
+    TIMING.main()

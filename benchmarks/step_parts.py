@@ -52,7 +52,7 @@ def main() -> None:
     FILE.write_text(json.dumps(found, indent=1) + "\n")
     from benchmarks import step
 
-    step.PAGE.write_text(step.page(json.loads(step.FILE.read_text())))
+    step.TIMING.write()
 
 
 def steps(rounds: int) -> list[dict[str, float]]:
