@@ -60,6 +60,15 @@ class Table:
         """A cell's figures, or None where it was not run."""
         return json.loads(self.file(cell).read_text()) if self.file(cell).is_file() else None
 
+    @property
+    def doc(self) -> Path:
+        """The page."""
+        return ROOT / "docs" / f"{self.name}.md"
+
+    def made(self) -> str:
+        """The text of the page, from the files alone."""
+        return self.page(self)
+
     def main(self) -> None:
         """The command line of a table."""
         parser = argparse.ArgumentParser(description=f"Fills the table {self.name}.")
@@ -75,7 +84,7 @@ class Table:
                 with self._alone(cell.name) as free, contextlib.suppress(NotYetError):
                     if free and (asked.afresh or not self.file(cell.name).is_file()):
                         self.fill(cell)
-        (ROOT / "docs" / f"{self.name}.md").write_text(self.page(self))
+        self.doc.write_text(self.made())
 
     @contextlib.contextmanager
     def _alone(self, cell: str) -> Iterator[bool]:
@@ -111,9 +120,14 @@ class Timing:
         """Where the figures are kept."""
         return ROOT / "benchmarks" / "results" / f"{self.name}.json"
 
-    def found(self) -> dict[str, Any] | None:
-        """The figures, or None where nothing was run."""
-        return json.loads(self.file.read_text()) if self.file.is_file() else None
+    @property
+    def doc(self) -> Path:
+        """The page."""
+        return ROOT / "docs" / f"{self.name.replace('_', '-')}.md"
+
+    def made(self) -> str:
+        """The text of the page, from the file alone."""
+        return self.page(json.loads(self.file.read_text()))
 
     def main(self) -> None:
         """The command line of a timing."""
@@ -126,11 +140,7 @@ class Timing:
 
             figures = {"environment": system.describe(), **self.measured(asked.rounds)}
             self.file.write_text(json.dumps(figures, indent=1) + "\n")
-        self.write()
-
-    def write(self) -> None:
-        """The page, from the file."""
-        (ROOT / "docs" / f"{self.name.replace('_', '-')}.md").write_text(self.page(json.loads(self.file.read_text())))
+        self.doc.write_text(self.made())
 
 
 def verdict(figure: float | None, *, least: float | None = None, most: float | None = None) -> str:

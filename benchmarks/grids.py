@@ -220,12 +220,14 @@ def _beginning(rows: Any, column: str, characters: int) -> Any:
     return type(rows)(kept)
 
 
+TABLES = {name: Table(name, grid.cells, grid.page) for name, grid in GRIDS.items()}
+
+
 def main() -> None:
     """The first argument names the table."""
-    if len(sys.argv) < 2 or sys.argv[1] not in GRIDS:
-        raise SystemExit(f"which table? One of {', '.join(GRIDS)}")
-    name = sys.argv.pop(1)
-    Table(name, GRIDS[name].cells, GRIDS[name].page).main()
+    if len(sys.argv) < 2 or sys.argv[1] not in TABLES:
+        raise SystemExit(f"which table? One of {', '.join(TABLES)}")
+    TABLES[sys.argv.pop(1)].main()
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def _keep(part: str, figures: dict[str, Any]) -> None:
     FILE.write_text(json.dumps({**found, part: figures}, indent=1) + "\n")
     from benchmarks import step
 
-    step.PAGE.write_text(step.page(json.loads(step.FILE.read_text())))
+    step.TIMING.doc.write_text(step.TIMING.made())
 
 
 # --- packing --------------------------------------------------------------------------------------------------------------------

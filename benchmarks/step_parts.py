@@ -52,7 +52,7 @@ def main() -> None:
     FILE.write_text(json.dumps(found, indent=1) + "\n")
     from benchmarks import step
 
-    step.TIMING.write()
+    step.TIMING.doc.write_text(step.TIMING.made())
 
 
 def steps(rounds: int) -> list[dict[str, float]]:
