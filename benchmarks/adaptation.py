@@ -142,7 +142,17 @@ def _peer(peer: tuple[str, str, dict[str, Any], tuple[float, ...]], given: Task,
     return found | {
         "seed": seed, "metric": given.metric, "score": tasks.score(given, answers[split:], rows=given.test),
         "validation_score": tasks.score(given, answers[:split], rows=given.validation), "train": len(given.train), "test": len(given.test),
+        "environment": system.describe(),
     }  # fmt: skip
+
+
+def _machine(table: Table) -> str:
+    """What the costs were measured on, and the most that any run of the table took."""
+    runs = [found for n in (*METHODS, *PEERS) for t in TASKS for s in SEEDS if (found := table.found(_cell(n, t, s)))]
+    costed = [table.found(_cell(n, COSTED, s)) for n in (*METHODS, *PEERS) for s in SEEDS]
+    machines = sorted({f["environment"]["cpu"] if "environment" in f else "a machine that was not noted" for f in costed if f})
+    longest = max(runs, key=lambda found: found["train_cpu_s"])
+    return f"One thread of {' or '.join(machines)}. No training took more than {longest['train_cpu_s']:.0f} CPU s (`{longest['cell']}`)."
 
 
 def _whole(table: Table) -> int | None:
@@ -182,7 +192,7 @@ regression; the peers learn them as they are.
 
 What a run on {COSTED} costs: the mean of {len(SEEDS)} runs, each in a process of its own, with the lowest and the highest. Learns is without the head, and its share
 is of the whole model. Memory is the process's peak while it trains, less what it held before the model was loaded. paretune's figures have the validation of each epoch
-and the timing of number formats and attention kernels at the start in them; the peers' have neither. One thread.
+and the timing of number formats and attention kernels at the start in them; the peers' have neither. {_machine(table)}
 
 {cells.markdown(["method", "rate", "learns", "share", "train s", "train CPU s", "memory MB"], costs)}
 
