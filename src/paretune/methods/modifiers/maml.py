@@ -31,7 +31,8 @@ class MAML(Modifier):
         equation="min_θ L_query(θ − α ∇L_support(θ))",
         lowers="D",
         why="New classes need a few examples and a few steps; a training step costs that of its inner steps on top, and about twice as much at order 2.",
-        note="A task is so many classes of the data, drawn anew for every episode. "
+        note="The paper's list of tasks is drawn from one: so many of its classes, anew for every episode; several data sets go in as one, labels side by side. "
+        "A pretrained model wants a smaller rate than full fine-tuning: schedule(lr=5e-5) (docs/episodes.md). "
         "One episode makes a step, where the paper averages over several. The head learns with its outputs renamed in every episode, so a phase "
         "that trains on the task itself has to follow: full + maml | full + schedule(epochs=1). "
         "Measured on MiniLM (docs/method-steps.md): with an inner step, a step takes 2.2 times full fine-tuning's CPU time.",

@@ -29,7 +29,8 @@ class Reptile(Modifier):
         equation="θ ← θ − ε (θ − θ̃) / α,  θ̃ = θ after k steps on an episode",
         lowers="D",
         why="New classes need a few examples and a few steps; a training step costs k of plain training, and no second derivative.",
-        note="A task is so many classes of the data, drawn anew for every episode. "
+        note="The paper's list of tasks is drawn from one: so many of its classes, anew for every episode; several data sets go in as one, labels side by side. "
+        "A pretrained model wants a smaller rate than full fine-tuning: schedule(lr=5e-5) (docs/episodes.md). "
         "Every inner step sees the whole episode; the paper's sees parts of it. The head learns with its outputs renamed in every episode, so a "
         "phase that trains on the task itself has to follow: full + reptile | full + schedule(epochs=1). "
         "Measured on MiniLM (docs/method-steps.md): with three inner steps, a step takes 4.1 times full fine-tuning's CPU time.",
