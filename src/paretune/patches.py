@@ -5,6 +5,7 @@ Shapes: B rows, T positions, D features of a block, I and O features of a linear
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -24,6 +25,13 @@ def fitting(x: Tensor, weight: Tensor) -> Tensor:
 def openness(x: Tensor, gate: Tensor) -> Tensor:
     """σ(w·x + b) of each token: (B, T, I) to (B, T, 1); the gate (I + 1) holds w and, last, b."""
     return torch.sigmoid(F.linear(fitting(x, gate), gate[None, :-1], gate[-1:]))
+
+
+def owner(forward: Callable[..., Any]) -> nn.Module:
+    """The module whose forward this is, under the patches around it."""
+    while isinstance(forward, functools.partial):
+        forward = forward.args[-1]
+    return forward.__self__  # type: ignore[attr-defined]
 
 
 class Patch(nn.Module):

@@ -4,14 +4,15 @@
 
 V (P, D) stands before the input, in an encoder that reads a class token also behind or between tokens. A decoder takes V in
 with the first call; its cache has it from then on, and mask and positions count it. An encoder-decoder's encoder takes
-it in, its output keeps it, and the decoder's cross-attention sees it. A head that reads an encoder's first position reads
-what stands first: with V before the input that is a virtual token, as in PEFT.
+it in, and hands it on to the decoder, whose cross-attention sees it (`Encoding`). A head that reads an encoder's first
+position reads what stands first: with V before the input that is a virtual token, as in PEFT.
 
 Shapes: B rows, P virtual tokens, T tokens of the call, D features of an embedding.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -20,10 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from paretune import anatomy
 from paretune.anatomy import Site
 from paretune.errors import Incompatible
+from paretune.patches import owner
 from paretune.roles import Adapter
 from paretune.seams import Adapted, Patch, seams_of
 
@@ -106,6 +109,16 @@ class Memory(Patch):
         return _Sight(patches).around
 
 
+@dataclasses.dataclass
+class Encoding(BaseModelOutput):
+    """What an encoder-decoder's encoder answers: by its names what belongs to the input, and as [0], which the decoder reads, [V; x] in every row."""
+
+    memory: Tensor | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return (self.memory, *(self[name] for name in self if name not in ("last_hidden_state", "memory")))
+
+
 class _Rows:
     """What the rows of a batch have at one module: the same patch all, or each its own or none; k times as many rows (beams) repeat them."""
 
@@ -143,16 +156,17 @@ class _Entrance(_Rows):
 
     def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's call with them in it, and its output without them."""
-        model = _model(forward)
+        model = owner(forward)
         call = {**dict(zip(_parameters(model), args, strict=False)), **kwargs}
-        cache, wanted = call.get("past_key_values"), call.get("return_dict", getattr(model.config, "return_dict", True))
+        cache = call.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         _check(model, call, past, len(self.longest.places))
         entered, places = self._continued(model, call, past) if past else self._entered(model, call)
         out = forward(**{**entered, "return_dict": True})
-        if self.site.place != SOURCE:
-            _take(out, places, unseen=len(self.longest.places))
-        return out if wanted in (None, True) else out.to_tuple()
+        if self.site.place == SOURCE:
+            out = Encoding(out.last_hidden_state, out.get("hidden_states"), out.get("attentions"), memory=out[0])
+        _take(out, places, unseen=len(self.longest.places))
+        return _as_asked(out, call, model)
 
     def _entered(self, model: nn.Module, call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """The first call, with the virtual tokens; and where each of its own tokens now stands (B, T)."""
@@ -221,23 +235,30 @@ class _Sight(_Rows):
     """A decoder's view of an encoder's output that begins with virtual tokens."""
 
     def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The decoder's call, with a mask over the virtual tokens, too."""
-        call = {**dict(zip(_parameters(_model(forward)), args, strict=False)), **kwargs}
-        mask, memory = call.get("encoder_attention_mask"), call.get("encoder_hidden_states")
-        if memory is None or mask is None and self.equal:
+        """The decoder's call, with a mask over the virtual tokens, too, and its attention to them left out of its output."""
+        model = owner(forward)
+        call = {**dict(zip(_parameters(model), args, strict=False)), **kwargs}
+        own, memory = call.get("encoder_attention_mask"), call.get("encoder_hidden_states")
+        if memory is None:
             return forward(**call)
-        present = self.present(memory)
-        if mask is None:
-            mask = present.new_ones(len(memory), memory.shape[1] - present.shape[1])
-        order = self.next_to(present, mask)
-        return forward(**{**call, "encoder_attention_mask": torch.cat([present.to(mask.dtype), mask], 1).take_along_dim(order, 1)})
+        present, order = self.present(memory), None
+        if own is None and not self.equal:
+            own = present.new_ones(len(memory), memory.shape[1] - present.shape[1])
+        if own is not None:
+            _check_memory(memory, own, length=present.shape[1])
+            order = self.next_to(present, own)
+            call["encoder_attention_mask"] = torch.cat([present.to(own.dtype), own], 1).take_along_dim(order, 1)
+        out = forward(**{**call, "return_dict": True})
+        if out.get("cross_attentions") is not None:
+            places = None if order is None else order.argsort(1)[:, None, None, present.shape[1] :]
+            out["cross_attentions"] = tuple(
+                a[..., present.shape[1] :] if places is None else a.take_along_dim(places, 3) for a in out.cross_attentions
+            )
+        return _as_asked(out, call, model)
 
 
-def _model(forward: Callable[..., Any]) -> nn.Module:
-    """The module whose forward this is, under the patches around it."""
-    while isinstance(forward, functools.partial):
-        forward = forward.args[-1]
-    return forward.__self__  # type: ignore[attr-defined]
+def _as_asked(out: Any, call: dict[str, Any], model: nn.Module) -> Any:
+    return out if call.get("return_dict", getattr(model.config, "return_dict", True)) in (None, True) else out.to_tuple()
 
 
 def _parameters(model: nn.Module) -> tuple[str, ...]:
@@ -265,6 +286,15 @@ def _check(model: nn.Module, call: dict[str, Any], past: int, length: int) -> No
     if limit is not None and total > limit:
         raise Incompatible(
             f"{total - length} tokens and {length} virtual ones are {total}, and {type(model).__name__} has {limit} positions; shorten the input"
+        )
+
+
+def _check_memory(memory: Tensor, own: Tensor, *, length: int) -> None:
+    """Refuses states of the input alone, in which the decoder would take tokens of the input for virtual ones."""
+    if memory.shape[1] < own.shape[1] + length:
+        raise Incompatible(
+            f"virtual tokens: encoder_outputs has states of {memory.shape[1]} tokens, which are those of the input alone, without the {length} virtual "
+            "ones that stand among them; give what model.get_encoder()(...) answers, whole"
         )
 
 

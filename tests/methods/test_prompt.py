@@ -75,10 +75,64 @@ def test_an_encoder_decoder_has_them_in_the_encoder_and_sees_them_from_the_decod
     with torch.no_grad():
         found, wanted = model(**inputs, decoder_input_ids=start), plain(inputs_embeds=x, attention_mask=mask, decoder_input_ids=start)
     torch.testing.assert_close(found.logits, wanted.logits)
-    torch.testing.assert_close(found.encoder_last_hidden_state, wanted.encoder_last_hidden_state)
+    torch.testing.assert_close(found.encoder_last_hidden_state, wanted.encoder_last_hidden_state[:, P:])
     assert surgery.count(model) == (P * 16, 0)
     written = plain.generate(inputs_embeds=x, attention_mask=mask, max_new_tokens=6, num_beams=3)
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, num_beams=3), written)
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "bart"])
+def test_no_output_of_an_encoder_decoder_has_them(family):
+    """Two prompts of two phases, and padding on the left: what is left of each output is what the backbone says of the input's own places."""
+    model, inputs = adapted(family=family, task="seq2seq"), padded(ROWS, "left", 7)
+    surgery.attach(model, [Prompt(length=2)], name="second", on_top=True, head=False)
+    x = torch.cat([torch.cat([tokens(model), tokens(model, "second")]).expand(3, -1, -1), model.get_input_embeddings()(inputs["input_ids"])], 1)
+    mask = torch.cat([torch.ones(3, P + 2, dtype=torch.long), inputs["attention_mask"]], 1)
+    order = torch.cat([torch.ones(3, P + 2, dtype=torch.long), 2 * inputs["attention_mask"]], 1).argsort(dim=1, stable=True)  # padding, V, x
+    places = order.argsort(1)[:, P + 2 :]
+    plain, how = steps.model(family, "seq2seq"), {"decoder_input_ids": inputs["input_ids"][:, -3:], "output_hidden_states": True, "output_attentions": True}
+    for each in (model, plain):
+        each.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = model(**inputs, **how)
+        wanted = plain(inputs_embeds=x.take_along_dim(order[..., None], 1), attention_mask=mask.take_along_dim(order, 1), **how)
+        again = model(**inputs, **how, return_dict=False)
+        handed = model(encoder_outputs=model.get_encoder()(**inputs), attention_mask=inputs["attention_mask"], **how)
+    torch.testing.assert_close(found.logits, wanted.logits)
+    here = inputs["attention_mask"].bool()
+    for h, w in zip((*found.encoder_hidden_states, found.encoder_last_hidden_state, handed.encoder_last_hidden_state),
+                    (*wanted.encoder_hidden_states, *[wanted.encoder_last_hidden_state] * 2), strict=True):  # fmt: skip
+        torch.testing.assert_close(h[here], w.take_along_dim(places[..., None], 1)[here])
+    for a, w in zip(found.encoder_attentions, wanted.encoder_attentions, strict=True):
+        assert a.shape == (3, a.shape[1], 7, 7)
+        torch.testing.assert_close(a, w.take_along_dim(places[:, None, :, None], 2).take_along_dim(places[:, None, None], 3))
+    for a, w in zip(found.cross_attentions, wanted.cross_attentions, strict=True):
+        torch.testing.assert_close(a, w.take_along_dim(places[:, None, None], 3))
+    assert torch.equal(again[0], found.logits) and again[-1][0].shape == found.encoder_attentions[0].shape
+    assert torch.equal(handed.logits, found.logits)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_encoder_decoder_writes_the_same_with_and_without_a_cache_and_tells_of_the_input_alone(family, beams):
+    model, batch = adapted(family=family, task="seq2seq"), padded(ROWS, "right", 7)
+    model.set_attn_implementation("eager")
+    how = {"num_beams": beams, "max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True, "output_attentions": True}
+    written = model.generate(**batch, **how)
+    assert torch.equal(written.sequences, model.generate(**batch, **how, use_cache=False).sequences)
+    assert {h.shape[1] for h in written.encoder_hidden_states} == {a.shape[-1] for a in written.encoder_attentions} == {7}
+    assert {a.shape[-1] for step in written.cross_attentions for a in step} == {7}
+    plain, table = steps.model(family, "seq2seq"), model.get_input_embeddings()
+    x, mask = torch.cat([tokens(model).expand(3, -1, -1), table(batch["input_ids"])], 1), torch.ones(3, P, dtype=torch.long)
+    by_hand = plain.generate(inputs_embeds=x, attention_mask=torch.cat([mask, batch["attention_mask"]], 1), **how).sequences
+    assert torch.equal(written.sequences, by_hand)
+
+
+def test_states_of_the_input_alone_are_no_encoder_outputs():
+    model, inputs, start = adapted(family="t5", task="seq2seq"), tiny.inputs("t5"), torch.zeros(3, 1, dtype=torch.long)
+    told = model(**inputs, decoder_input_ids=start).encoder_last_hidden_state
+    with pytest.raises(Incompatible, match="states of 7 tokens, .* without the 5 virtual ones"):
+        model(encoder_outputs=(told,), attention_mask=inputs["attention_mask"], decoder_input_ids=start)
 
 
 def padded(ids, side, width):

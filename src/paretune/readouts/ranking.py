@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from paretune import seams
 from paretune.errors import Incompatible
+from paretune.patches import owner
 from paretune.roles import Method
 from paretune.seams import Patch
 
@@ -162,10 +163,10 @@ def _written(forward: Callable[..., Any], prompts: Sequence[Sequence[int]], answ
     rows, count, length = answers.shape
     ids, mask = _padded(prompts, answers.device, left=False)
     begin = start.view(1, 1).expand(rows, 1)
-    out = forward(input_ids=ids, attention_mask=mask, decoder_input_ids=begin, use_cache=False)
-    states = out.encoder_last_hidden_state  # (B, T, D)
+    model = owner(forward)
+    states = model.get_encoder()(input_ids=ids, attention_mask=mask)[0]  # (B, T, D), virtual tokens among them
     found = []
-    for group in answers.split(max(1, CELLS // (states.numel() + rows * length * out.logits.shape[-1])), dim=1):
+    for group in answers.split(max(1, CELLS // (states.numel() + rows * length * model.config.vocab_size)), dim=1):
         tokens, n = group.flatten(0, 1), group.shape[1]  # (B·n, L)
         shifted = torch.cat([begin.repeat_interleave(n, 0), tokens[:, :-1].clamp(min=0)], 1)
         logits = forward(
