@@ -234,13 +234,35 @@ def test_a_file_that_does_not_fit_is_refused(case: str, tmp_path: Path) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+UNTRAINED: dict[str, Callable[[str | None], Any]] = {
+    "lora": lambda task: peft.LoraConfig(r=2, target_modules=["q_proj"], task_type=task),
+    "dora": lambda task: peft.LoraConfig(r=2, target_modules=["q_proj"], task_type=task, use_dora=True),
+    "ia3": lambda task: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type=task),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind, task", [("causal", None), ("classification", "SEQ_CLS")])
-def test_a_file_without_effect_is_refused(kind: str, task: str | None, tmp_path: Path) -> None:
-    plain = backbone("llama", kind)
-    peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type=task)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("adapter", UNTRAINED)
+def test_a_file_without_effect_is_refused(adapter: str, kind: str, task: str | None, dtype: torch.dtype, tmp_path: Path) -> None:
+    plain = backbone("llama", kind).to(dtype)
+    peft.get_peft_model(copy.deepcopy(plain), UNTRAINED[adapter](task), autocast_adapter_dtype=False).save_pretrained(tmp_path)
     assert any("score" in n for n in load_file(tmp_path / peft_format.WEIGHTS)) == (task is not None), "a head as it was is no effect"
     with pytest.raises(StoreError, match="changes nothing"):
         peft_format.read_peft(copy.deepcopy(plain), tmp_path)
+
+
+@pytest.mark.parametrize("tensor, size", [("lora_magnitude_vector", 0.01), ("lora_B", 0.3)])
+def test_lengths_alone_or_directions_alone_are_an_effect(tensor: str, size: float, tmp_path: Path) -> None:
+    plain = backbone("llama")
+    peft.get_peft_model(copy.deepcopy(plain), UNTRAINED["dora"]("SEQ_CLS")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / peft_format.WEIGHTS)
+    moved = next(n for n in tensors if tensor in n)
+    tensors[moved] = tensors[moved] * (1 + size) + size
+    save_file(tensors, tmp_path / peft_format.WEIGHTS)
+    model, theirs = peft_format.read_peft(copy.deepcopy(plain), tmp_path), peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert not torch.equal(answer(model, "llama"), answer(plain, "llama"))
+    assert torch.allclose(answer(model, "llama"), answer(theirs, "llama"), rtol=0, atol=TOLERANCE)
 
 
 def test_a_published_lora_of_gpt2(shared_data: Path) -> None:

@@ -48,11 +48,18 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where a patch's tensor stands in a file: name and shape there, and what of that tensor it is."""
+    """Where a patch's tensor stands in a file: name and shape there, and what of that tensor it is; where all have their `idle` values nothing changes."""
 
     name: str
     shape: tuple[int, ...]
     take: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    idle: float | Tensor | None = None  # None: a tensor that changes nothing by itself; a Tensor was computed, and is compared up to its rounding
+
+    def moved(self, tensor: Tensor) -> bool:
+        """Has the file's tensor another value than its idle one?"""
+        if isinstance(self.idle, Tensor):
+            return not torch.allclose(tensor.float(), self.idle.to(tensor.device), rtol=4 * torch.finfo(tensor.dtype).eps, atol=0.0)
+        return bool((tensor != self.idle).any())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +69,20 @@ class Piece:
     site: Site
     method: Adapter
     slots: dict[str, Slot]  # by the patch's tensor
-    idle: float | None = None  # the value of the last of them at which the adapter changes nothing
+
+    @property
+    def telling(self) -> list[Slot]:
+        """The slots that tell whether the adapter changes something; of virtual tokens, which always do, none."""
+        return [slot for slot in self.slots.values() if slot.idle is not None]
 
     @property
     def spelled(self) -> Adapter:
         """The method for this site alone: a config in which every patch names all sites grows as their square."""
-        return dataclasses.replace(self.method, targets=self.site.path) if self.idle is not None else self.method  # type: ignore[call-arg]
+        return dataclasses.replace(self.method, targets=self.site.path) if self.telling else self.method  # type: ignore[call-arg]
 
     def changes(self, tensors: dict[str, Tensor]) -> bool:
         """Does it change the backbone's output?"""
-        return self.idle is None or bool((tensors[list(self.slots.values())[-1].name] != self.idle).any())
+        return not self.telling or any(slot.moved(tensors[slot.name]) for slot in self.telling)
 
     def pairs(self, model: nn.Module, name: str, *, tensors: dict[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
         """The attached patch's parameters, each with its value."""

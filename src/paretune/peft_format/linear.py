@@ -182,10 +182,11 @@ def read_lora(config: dict[str, Any], model: nn.Module, *, source: Path) -> Read
     for site in sites:
         r, alpha, name = ranks[site.path], alphas[site.path], PREFIX + site.path
         alike = tuple(p for p in paths if (ranks[p], alphas[p]) == (r, alpha))
-        slots = {"A": Slot(f"{name}.lora_A.weight", (r, site.in_features)), "B": Slot(f"{name}.lora_B.weight", (site.out_features, r))}
+        slots = {"A": Slot(f"{name}.lora_A.weight", (r, site.in_features)), "B": Slot(f"{name}.lora_B.weight", (site.out_features, r), idle=0.0)}
         if config.get("use_dora"):
-            slots = {"stretch": Slot(f"{name}.lora_magnitude_vector", (site.out_features,), _stretch(model, site)), **slots}
-        pieces.append(Piece(site, _of_rank(config, r, alpha=alpha, targets=alike), slots, idle=0.0))
+            lengths = anatomy.weight(model.get_submodule(site.path)).detach().float().norm(dim=1)  # ‖W‖
+            slots = {"stretch": Slot(f"{name}.lora_magnitude_vector", (site.out_features,), _stretch(lengths), idle=lengths), **slots}
+        pieces.append(Piece(site, _of_rank(config, r, alpha=alpha, targets=alike), slots))
     word = config.get("bias", "none")
     heads = [path for path in modules_of(model) if any(path.endswith(w) for w in saved_names(config))]
     return pieces, {} if word == "none" else _bias_names(model, paths, word, without=heads)
@@ -198,9 +199,8 @@ def _of_rank(config: dict[str, Any], r: int, *, alpha: float, targets: tuple[str
     return LoRA(r=r, alpha=alpha, targets=targets, dropout=config.get("lora_dropout", 0.0), rank_stabilized=stable)
 
 
-def _stretch(model: nn.Module, site: Site) -> Any:
+def _stretch(lengths: Tensor) -> Any:
     """Δm = m − ‖W‖."""
-    lengths = anatomy.weight(model.get_submodule(site.path)).detach().float().norm(dim=1)
     return lambda m: m.float() - lengths.to(m.device)
 
 
@@ -226,5 +226,5 @@ def read_ia3(config: dict[str, Any], model: nn.Module, *, source: Path) -> Read:
         if enters != (site.place in anatomy.FFN):
             site = dataclasses.replace(site, place="down" if enters else "other")
         shape = (1, site.in_features) if enters else (site.out_features, 1)
-        pieces.append(Piece(site, method, {"scale": Slot(f"{PREFIX}{site.path}.ia3_l", shape)}, idle=1.0))
+        pieces.append(Piece(site, method, {"scale": Slot(f"{PREFIX}{site.path}.ia3_l", shape, idle=1.0)}))
     return pieces, {}
