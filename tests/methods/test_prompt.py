@@ -11,9 +11,10 @@ import work
 from torch.nn import functional as F
 
 import paretune as pt
-from paretune import surgery, training
+from paretune import phases, surgery, training
 from paretune.errors import Incompatible, RecipeError
 from paretune.methods.adapters.prompt import Prompt
+from paretune.methods.readouts.choices import Choices
 
 P = 5
 
@@ -346,6 +347,34 @@ def test_the_majority_of_prompts_decides():
     assert len(ballots.unique()) > 1 and not (ballots == ballots[0]).all()
     wanted = [max(range(3), key=lambda c: (column == c).sum()) for column in ballots.T]  # noqa: B023
     assert pt.vote(model, inputs, names=names).tolist() == wanted
+
+
+@pytest.mark.parametrize("template", ["{text} {label}", "the film and the book and the story: {text}\n{label}"])  # the longer one's front is read once for all rows
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_prompts_vote_over_the_answers_that_a_language_model_ranks(family, template):
+    """In one batch of one frozen model, each prompt scores the answers as it does alone, and the majority's answer is told."""
+    model, task, names = work.ready(family, "seq2seq" if family == "t5" else "causal"), work.text_task(), ["a", "b", "c", "d", "e"]
+    phases.shrink(model, Choices(words=("so bad", "fine scene", "good film"), template=template), task)
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        surgery.attach(model, [Prompt(length=2 + seed)], name=name, head=False)
+        with torch.no_grad():
+            tokens(model, name).mul_(20)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if "paretune" not in n}
+    batch = task.kind.inputs(task.kind.collate(training.encode(task, task.test, model=model), surgery.state(model).processor))
+    alone = []
+    for name in names:
+        surgery.switch(model, name)
+        with torch.no_grad():
+            alone.append(model(**batch).logits)
+    each = torch.stack(alone, 1)  # (B, prompts, answers)
+    with surgery.rows(model, names * len(each)), torch.no_grad():
+        together = model(**{key: value.repeat_interleave(5, 0) for key, value in batch.items()}).logits
+    torch.testing.assert_close(together.view_as(each), each, rtol=1e-4, atol=1e-5)
+    ballots = each.argmax(-1).tolist()
+    assert any(len(set(votes)) > 1 for votes in ballots)
+    assert pt.vote(model, batch, names=names).tolist() == [max(range(3), key=votes.count) for votes in ballots]
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
 
 
 def test_a_published_count():

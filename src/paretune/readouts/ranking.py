@@ -65,7 +65,9 @@ class Ranked(Patch):
         written = self.site.place == "encoder-decoder"
         room = int(self.room) - (0 if written else answers.shape[-1])
         prompts = [self._prompt(row, room) for row in rows]
-        log_probs = _written(forward, prompts, answers, self.start) if written else _continued(forward, prompts, answers, len(self.before))
+        seam = seams.seam_of(owner(forward))
+        before = len(self.before) if seam is None or seam.rows is None else 0  # rows with adapters of their own have no tokens in common
+        log_probs = _written(forward, prompts, answers, self.start) if written else _continued(forward, prompts, answers, before)
         log_probs = log_probs.masked_fill(answers == NONE, 0.0)
         lengths = (answers != NONE).sum(-1)
         return Scores(logits=self.method.read(log_probs, lengths, patch=self), log_probs=log_probs, lengths=lengths)
