@@ -186,8 +186,8 @@ Test scores in percent (accuracy; Matthews for CoLA, Pearson for STS-B): the mea
 95 % interval over them (Student's t, which is wide for {len(SEEDS)}; a method that stayed at chance with one seed shows as such a width). {TRAIN} training
 texts, {EPOCHS} epochs in batches of {BATCH}, {TEST} test texts; the learning rate of every method of every library is the best of four on SST-2's validation split (one
 seed) and is used on all tasks. Where a method needs many more steps than these, that shows. Of STS-B's labels paretune learns standardized ones, as it does of any
-regression; the peers learn them as they are. MAM's rates are those of whole models, in both libraries: with the four of other added parts it failed in both. A rate that one
-seed chose can be too high for another: so `compacter`, `mam` and `unipelt` stay at chance with a seed where their intervals are wide.
+regression; the peers learn them as they are. MAM's rates are those of whole models, in both libraries: with the four of other added parts it failed in both. A rate
+that one seed chose can be too high for another: so `compacter`, `mam` and `unipelt` stay at chance with a seed where their intervals are wide.
 
 {cells.markdown(["method", *TASKS], scores)}
 
