@@ -8,11 +8,13 @@ from test_prototypes import logits, pooled
 from torch.nn import functional as F
 
 import paretune
-from paretune import phases, surgery, training
+from paretune import inference, phases, surgery, training
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.head import Head
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.readouts.imprint import Imprint
+from paretune.methods.readouts.prototypes import Prototypes
+from paretune.readouts import heads
 
 
 def fitted(**knobs):
@@ -63,6 +65,58 @@ def test_the_class_vectors_may_be_tuned(method):
     assert fit.epochs and not torch.equal(model.classifier.weight, vectors)
     surgery.switch(model)
     torch.testing.assert_close(logits(model, task, task.test), start)  # the backbone, read as before
+
+
+TRAINED = {
+    "imprint | full": (Imprint(), Full()),
+    "imprint | lora": (Imprint(), LoRA(r=2)),
+    "imprint | head": (Imprint(), Head()),
+    "lora | prototypes": (LoRA(r=2), Prototypes()),
+}
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["just trained", "phase ended"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_after_training_an_added_class_leaves_the_others_scores_as_they_are(recipe, family, ended, tmp_path):
+    model, task = work.ready(family), work.text_task()
+    for k, method in enumerate(TRAINED[recipe]):
+        if method.role == "readout":
+            phases.shrink(model, method, task)
+            continue
+        surgery.attach(model, [method], name=f"phase_{k}", on_top=True)
+        assert work.fitted(model, task, epochs=2.0, lr=2e-2, warmup=0.0).steps == 12
+        if ended:
+            surgery.freeze(model)
+            surgery.settle(model)
+    before, values, embeddings = logits(model, task, task.test), steps.tensors(model), embedded(model, task)
+    untrained = phases.shrink(work.ready(family), next(m for m in TRAINED[recipe] if m.role == "readout"), task)
+    assert not torch.allclose(before, logits(untrained, task, task.test), atol=1e-3), "the training moved the scores"
+    paretune.add_class(model, "odd", texts=[row["text"] for row in task.train[:3]])
+    for name, value in steps.tensors(model).items():
+        assert torch.equal(value[: len(values[name])] if value.dim() else value, values[name]), name
+    assert torch.equal(embedded(model, task), embeddings)
+    after = logits(model, task, task.test)
+    same = {"rtol": 1e-6, "atol": 1e-6}  # of equal factors; a wider product may round otherwise
+    torch.testing.assert_close(after[:, :3], before, **same)
+    phases.save_model(model, tmp_path)
+    opened = inference.open_model(tmp_path, task)
+    assert list(opened.config.id2label) == [0, 1, 2, 3] and opened.config.id2label[3] == "odd" and torch.equal(logits(opened, task, task.test), after)
+    paretune.add_class(opened, "second", texts=["the plot"])
+    torch.testing.assert_close(logits(opened, task, task.test)[:, :4], after, **same)
+    if recipe.startswith("imprint") and not ended:  # what it was before the training is kept beside it, and learned the class, too
+        paretune.add_class(untrained, "odd", texts=[row["text"] for row in task.train[:3]])
+        for each in (model, opened):
+            surgery.switch(each)
+            torch.testing.assert_close(logits(each, task, task.test)[:, :4], logits(untrained, task, task.test), **same)
+            surgery.switch(each, "phase_1")
+            torch.testing.assert_close(logits(each, task, task.test)[:, :4], after, **same)
+
+
+def embedded(model, task):
+    """What the head's last map reads."""
+    with surgery.seams.bypassed(model, heads.last_map(model)):
+        return logits(model, task, task.test)
 
 
 def test_it_stays_when_adapters_are_merged():

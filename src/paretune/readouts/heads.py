@@ -173,13 +173,29 @@ def add_class(model: nn.Module, name: str, *, texts: Sequence[str], readout: Cla
     offset = _offset(model, last_map(model))
     before = getattr(old, "bias", None) if offset is None else offset.bias
     weight, bias = readout.vectors(_mean(model, texts, unit=readout.unit))
-    if before is not None:
-        bias = torch.cat([before.detach(), before.new_zeros(1) if bias is None else bias.to(before)])
-    write(model, torch.cat([old.weight.detach(), weight.to(old.weight)]), bias=bias, readout=readout)
+    _add_beneath(model, readout, texts=texts)
+    write(model, _with(old.weight, weight), bias=bias if before is None else _with(before, bias), readout=readout)
     for field, value in head_config([*labels, name]).items():
         setattr(model.config, field, value)
     model.num_labels = len(labels) + 1
     return model
+
+
+def _add_beneath(model: nn.Module, readout: ClassVectors, *, texts: Sequence[str]) -> None:
+    """Gives the new class a row in the values, too, that the head's last map has with other adapters at work: the vector by what those compute."""
+    seam, active = seams.seam_of(model.get_submodule(last_map(model))), surgery.state(model).active
+    kept = [(a, p) for a, _, p in seam.patches() if isinstance(p, seams.Selected)] if seam is not None else []
+    for adapter, patch in kept:
+        surgery.switch(model, *(active[: active.index(adapter)] if adapter in active else (adapter,)))
+        vectors = dict(zip(("weight", "bias"), readout.vectors(_mean(model, texts, unit=readout.unit)), strict=True))
+        surgery.switch(model, *active)
+        for name in patch.names:
+            patch._buffers[name] = _with(patch._buffers[name], vectors[name])
+
+
+def _with(values: Tensor, row: Tensor | None) -> Tensor:
+    """Values by class with those of one more; zeros where it has none."""
+    return torch.cat([values.detach(), values.new_zeros(1, *values.shape[1:]) if row is None else row.to(values)])
 
 
 def _mean(model: nn.Module, texts: Sequence[str], *, unit: bool) -> Tensor:
