@@ -13,12 +13,14 @@ from torch.nn import functional as F
 from paretune import registry
 from paretune.roles import Method
 
+BESIDE = {("init", "text"): {"text": "a good film"}}  # what a choice of a knob cannot be without
+
 
 def variants(name: str) -> list[Method]:
     """A method with its defaults, and once with each other choice of each knob that has choices or is a switch."""
     cls, knobs = registry.get(name), registry.describe(name).knobs
     others = [(k["name"], c) for k in knobs for c in k["choices"] or ((True, False) if k["type"] == "bool" else ()) if c != k["default"]]
-    return [cls(), *(cls(**{knob: choice}) for knob, choice in others)]
+    return [cls(), *(cls(**{knob: choice}, **BESIDE.get((knob, choice), {})) for knob, choice in others)]
 
 
 @functools.cache

@@ -107,6 +107,13 @@ def ready(family: str, kind: str = "classification") -> nn.Module:
     return model
 
 
+def opened(family: str) -> nn.Module:
+    """The tiny model of a family as `pt.load` opens it for the family's task: with its processor, and with names of the labels."""
+    model = ready(family)
+    model.config.id2label = dict(enumerate(LABELS))
+    return model
+
+
 def decided(method: Method, family: str) -> Method:
     """The method with what it leaves to the data decided on the family's task."""
     if not isinstance(method, Adapter) or type(method).chosen is Adapter.chosen:
