@@ -5,7 +5,7 @@
 Every method of every library gets the same tuning: four learning rates on SST-2, one seed, chosen on validation, then used on all
 tasks. Needs the folder of data sets (`benchmarks/data.py`); the `adapters` library runs in its own environment (`make oracles`).
 The peers get the number format and the length grouping that paretune takes by itself. Costs are those of the runs on one task, each in
-a process of its own: fill these cells (`--only " sst2 "`) with nothing else running.
+a process of its own: fill these cells (`--only " sst2 "`) with nothing else running than at most one such process for each core.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _machine(table: Table) -> str:
     costed = [table.found(_cell(n, COSTED, s)) for n in (*METHODS, *PEERS) for s in SEEDS]
     machines = sorted({f["environment"]["cpu"] if "environment" in f else "a machine that was not noted" for f in costed if f})
     longest = max(runs, key=lambda found: found["train_cpu_s"])
-    return f"One thread of {' or '.join(machines)}. No training took more than {longest['train_cpu_s']:.0f} CPU s (`{longest['cell']}`)."
+    return f"One thread of {' or '.join(machines)}, at most one run on a core. No training took more than {longest['train_cpu_s']:.0f} CPU s (`{longest['cell']}`)."
 
 
 def _whole(table: Table) -> int | None:
@@ -187,7 +187,7 @@ Test scores in percent (accuracy; Matthews for CoLA, Pearson for STS-B): the mea
 texts, {EPOCHS} epochs in batches of {BATCH}, {TEST} test texts; the learning rate of every method of every library is the best of four on SST-2's validation split (one
 seed) and is used on all tasks. Where a method needs many more steps than these, that shows. Of STS-B's labels paretune learns standardized ones, as it does of any
 regression; the peers learn them as they are. MAM's rates are those of whole models, in both libraries: with the four of other added parts it failed in both. A rate
-that one seed chose can be too high for another: so `compacter`, `mam` and `unipelt` stay at chance with a seed where their intervals are wide.
+that one seed chose can be too high for another: so `compacter` and `unipelt` stay at chance with a seed where their intervals are wide.
 
 {cells.markdown(["method", *TASKS], scores)}
 
