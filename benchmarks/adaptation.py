@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -169,6 +170,20 @@ def _costs(runs: list[dict[str, Any] | None], *, whole: int | None) -> list[str]
     return [*shown, *(cells.mean_range(runs, field=field, times=1.0, digits=digits) for field, digits in (("train_s", 1), ("train_cpu_s", 1), ("added_mb", 0)))]
 
 
+def _beside(table: Table) -> str:
+    """What peers need for the methods that they have, too."""
+    shared = [(theirs, theirs.partition(": ")[2]) for theirs in PEERS]
+    ratios = {field: [_mean(table, theirs, field) / _mean(table, ours, field) for theirs, ours in shared] for field in ("train_cpu_s", "added_mb")}
+    said = [f"{min(found):.2f} to {max(found):.2f} times paretune's {what} (median {statistics.median(found):.2f})"
+            for found, what in zip(ratios.values(), ("CPU time", "memory"), strict=True)]  # fmt: skip
+    return f"In the {len(shared)} rows of peers, the same method takes {' and '.join(said)}."
+
+
+def _mean(table: Table, name: str, field: str) -> float:
+    found = [table.found(_cell(name, COSTED, s)) for s in SEEDS]
+    return statistics.mean(f[field] for f in found if f) if any(found) else math.nan
+
+
 def _gaps(table: Table, weaker: str, stronger: str) -> list[float]:
     """By how many points the second is ahead, task by task and seed by seed."""
     pairs = [(table.found(_cell(weaker, t, s)), table.found(_cell(stronger, t, s))) for t in TASKS for s in SEEDS]
@@ -196,6 +211,8 @@ is of the whole model. Memory is the process's peak while it trains, less what i
 and the timing of number formats and attention kernels at the start in them; the peers' have neither. {_machine(table)}
 
 {cells.markdown(["method", "rate", "learns", "share", "train s", "train CPU s", "memory MB"], costs)}
+
+{_beside(table)}
 
 The order that the literature found, and the order here, in points between runs of the same task and seed (95 % intervals, Student's t):
 
