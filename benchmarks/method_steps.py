@@ -26,7 +26,7 @@ from paretune.tasks import Task
 BATCH, STEPS = 16, 8  # the first step warms up
 FULL, AGAIN = "full", "full, again"
 EPISODES = "ways=2, shots=4"  # an episode of 2 classes, with as many queries as shots, is a batch
-MINILM = {AGAIN: "full", "dora": "dora", "maml": f"full + maml(queries=4, {EPISODES})",
+MINILM = {AGAIN: "full", "maml": f"full + maml(queries=4, {EPISODES})",
           "maml, order 2": f"full + maml(order=2, queries=4, {EPISODES})", "reptile": f"full + reptile({EPISODES})",
           **{name: text for name, (text, _) in adaptation.METHODS.items()}}  # fmt: skip
 RANKED = {FULL: "full", AGAIN: "full", "length_norm": "full + length_norm", "unlikelihood": "full + unlikelihood", "t_few": "t_few"}

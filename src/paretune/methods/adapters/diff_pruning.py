@@ -57,7 +57,7 @@ class DiffPruning(Adapter):
         note="The paper adapts every parameter and counts its share of all; here linear maps are adapted, and the share is of their weights and biases "
         "(in BERT-base 0.5 % of these are 0.39 % of all). The last stage, on the kept values alone, ends the same phase. "
         "Evaluated before that, a gate counts with its chance to be open. In a loop other than paretune's there is no penalty, and the largest "
-        "differences are kept when the phase ends. Measured on MiniLM (docs/method-steps.md, docs/adaptation.md): a step takes 2.0 times full "
+        "differences are kept when the phase ends. Measured on MiniLM (docs/method-steps.md, docs/adaptation.md): a step takes 2.3 times full "
         "fine-tuning's CPU time, for the gates of every weight are drawn, and half as much memory again.",
     )
     reweighs = True

@@ -42,7 +42,7 @@ class IntrinsicDimension(Adapter):
         exact_at_start=True,
         note="A measure of how hard a task is, more than a way to save: d90 is the least d that reaches 90 % of full fine-tuning's score (pt.d90). "
         "The paper projects onto every parameter, here onto linear maps; the λ are the last of the d numbers, as differences from one. "
-        "A dense P needs 4 d bytes for each weight. Measured on MiniLM (docs/method-steps.md): a step of 16 sentences takes 1.8 times full "
+        "A dense P needs 4 d bytes for each weight. Measured on MiniLM (docs/method-steps.md): a step of 16 sentences takes 2.0 times full "
         "fine-tuning's CPU time; the projection costs the same for longer batches, where it weighs less.",
     )
     reweighs = True

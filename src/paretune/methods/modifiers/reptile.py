@@ -33,7 +33,7 @@ class Reptile(Modifier):
         "A pretrained model wants a smaller rate than full fine-tuning: schedule(lr=5e-5) (docs/episodes.md). "
         "Every inner step sees the whole episode; the paper's sees parts of it. The head learns with its outputs renamed in every episode, so a "
         "phase that trains on the task itself has to follow: full + reptile | full + schedule(epochs=1). "
-        "Measured on MiniLM (docs/method-steps.md): with three inner steps, a step takes 4.1 times full fine-tuning's CPU time.",
+        "Measured on MiniLM (docs/method-steps.md): with three inner steps, a step takes 3.7 times full fine-tuning's CPU time.",
     )
 
     inner_steps: int = knob(3, "k: steps on an episode; 1 is joint training over episodes, 0 training as without reptile", low=0, search="2..8")
