@@ -216,7 +216,7 @@ def test_what_trains_slower_than_full_says_so_on_its_card():
     """What is measured is in benchmarks/results/method_steps.json; slower is what lies beyond most of the A/A control."""
     for rounds in json.loads((ROOT / "benchmarks" / "results" / "method_steps.json").read_text())["rounds"].values():
         ratios = {name: [r[name] / r["full"] for r in rounds] for name in rounds[0]}
-        most = statistics.quantiles(ratios["full, again"], n=4)[-1]
+        most = max(1.0, statistics.quantiles(ratios["full, again"], n=4)[-1])
         slower = {name: middle for name, found in ratios.items() if (middle := statistics.median(found)) > most}
         for name, middle in slower.items():
             assert f"{middle:.1f} times full fine-tuning's CPU time" in registry.get(re.match(r"[\w ]+", name)[0].replace(" ", "_")).card.note
