@@ -35,7 +35,7 @@ def written_out(query, key, value, *, band, mask=None):
     return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
 
 
-def compare(band, n, *, mask=None, rows=1):
+def assert_as_written_out(band, n, *, mask=None, rows=1):
     tensors = inputs(n, rows=rows)
     learns = (*tensors, mask) if mask is not None and mask.requires_grad else tensors
     wanted = written_out(*tensors, band=band, mask=mask)
@@ -53,13 +53,13 @@ def compare(band, n, *, mask=None, rows=1):
 @pytest.mark.parametrize("band", BANDS, ids=str)
 def test_a_band_is_the_softmax_over_its_keys(band, causal):
     for n in LENGTHS:
-        compare(Band(band.window, band.dilation, causal), n)
+        assert_as_written_out(Band(band.window, band.dilation, causal), n)
 
 
 @pytest.mark.parametrize("band", [Band(64, first=1), Band(70, first=3), Band(30, dilation=2, first=5), Band(64, causal=True, first=2), Band(8, first=90)], ids=str)
 def test_every_query_sees_the_first_keys_once(band):
     for n in LENGTHS:
-        compare(Band(band.window, band.dilation, band.causal, min(band.first, n)), n)
+        assert_as_written_out(Band(band.window, band.dilation, band.causal, min(band.first, n)), n)
 
 
 @pytest.mark.parametrize("kind", ["padding", "texts", "added"])
@@ -73,7 +73,7 @@ def test_any_mask_is_kept(band, kind):
         mask = (text[:, None] == text)[None, None].expand(2, 1, n, n)
     else:
         mask = torch.randn(1, 2, n, n, dtype=torch.double, generator=made).requires_grad_()
-    compare(band, n, mask=mask, rows=2)
+    assert_as_written_out(band, n, mask=mask, rows=2)
 
 
 def test_what_is_far_changes_nothing():
@@ -125,7 +125,7 @@ def test_a_random_band_is_right():
     pick = random.Random(3)
     for _ in range(12):
         n = pick.randint(1, 500)
-        compare(Band(pick.randint(1, 200), pick.choice((1, 1, 2, 4)), pick.random() < 0.5, min(n, pick.choice((0, 0, 1, 4)))), n)
+        assert_as_written_out(Band(pick.randint(1, 200), pick.choice((1, 1, 2, 4)), pick.random() < 0.5, min(n, pick.choice((0, 0, 1, 4)))), n)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
