@@ -110,6 +110,11 @@ def test_where_all_learns_or_all_is_read_nothing_is_kept(family, method):
     assert trained(family, method, epochs=2.0)[1].loop.features.cut is None
 
 
+def test_where_the_first_layer_learns_no_pass_looks_for_a_cut(monkeypatch):
+    monkeypatch.setattr(cuts, "_seen", lambda *args: pytest.fail("a pass"))
+    assert trained("gpt2", LoRA(r=2))[1].loop.features.cut is None
+
+
 def test_a_token_task_keeps_every_token():
     model = work.ready("roberta", "tokens")
     surgery.attach(model, [Head(pooling="model")])

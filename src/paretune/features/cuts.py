@@ -64,6 +64,9 @@ class Cut:
 def found(loop: Loop) -> Cut | None:
     """The latest cut from whose kept rows alone the model answers a few examples as before, in evaluation mode; None where there is none."""
     model, kind, was_training = loop.model, loop.task.kind, loop.model.training
+    layers = _layers(model)
+    if not layers or any(p.requires_grad for p in model.get_submodule(layers[0]).parameters()):
+        return None  # as with adapters everywhere, for which a pass that tells autograd's own answer would be for nothing
     order = sorted(range(len(loop.encodings)), key=loop.lengths.__getitem__)
     some = [loop.encodings[i] for i in dict.fromkeys((order[0], order[len(order) // 2], order[-1]))]
     batch = loop.collate(some)
