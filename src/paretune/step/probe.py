@@ -27,6 +27,7 @@ TOKENS = 1024  # at most so many are in the batch that is timed
 SHARE = 0.05  # of a phase's passes may go into finding a faster kernel
 FEWEST = 3  # passes that tell two kernels apart, a model's slow first one among them
 FAR = 1.5  # a pace that was so many times slower than the fastest is not tried again
+AHEAD = 1.1  # times as fast as the likeliest pace another has to be: noise must not decide which numbers a seed gives
 ROWS, WIDEST = 256, 1024  # of the product that tells the number formats apart: at most so many tokens and features
 BF16_AHEAD, FP32_AHEAD = 1.2, 2.0  # by so much a format's matrix products must be ahead to be taken without a pass in the other; what lies between products is
 # faster in bf16 as well, so that a pass gains more by it than they do: 2.3 to 3.3 times where they gain 1.5 to 2.5, 1.0 to 1.7 where they lose (MiniLM, BERTs)
@@ -81,7 +82,7 @@ def forget() -> None:
 
 
 def fastest(timed: Callable[..., float], *, formats: Sequence[str], kernels: Sequence[str], passes: float) -> Pace:
-    """The pace of least `timed(pace=...)`, as far as finding it pays; of formats and kernels the likeliest is first.
+    """The pace of least `timed(pace=...)`, as far as finding it pays; of formats and kernels the likeliest is first, and stays where none is `AHEAD`.
 
     A model's very first pass is slow whatever its pace, so the first trial is repeated at once.
     """
@@ -101,16 +102,20 @@ def fastest(timed: Callable[..., float], *, formats: Sequence[str], kernels: Seq
         """Is there time for one more pass?"""
         return spent + (least := min(seconds.values())) <= affordable * least
 
+    def best(likeliest: Pace) -> Pace:
+        found = min(seconds, key=seconds.__getitem__)
+        return found if AHEAD * seconds[found] < seconds[likeliest] else likeliest
+
     for dtype in (formats[0], *formats):
         tried(Pace(dtype, kernels[0]))
-    faster = min(seconds, key=seconds.__getitem__).dtype
+    faster = best(Pace(formats[0], kernels[0])).dtype
     for pace in (Pace(faster, kernel) for kernel in kernels[1:]):
         if pays():
             tried(pace)
     for pace in [p for p, took in seconds.items() if took < FAR * min(seconds.values())]:
         if pays():
             tried(pace)
-    return min(seconds, key=seconds.__getitem__)
+    return best(Pace(faster, kernels[0]))
 
 
 def _bucket(first: Tensor) -> int:
