@@ -93,3 +93,8 @@ def test_growth_is_judged_beside_the_model_itself(written):
     assert _row(page, "`lora`, CPU ms", "## Length")[-3:] == ["1.55", "1.60", "met"] and _row(page, "`ia3`, CPU ms", "## Length")[-3:] == ["1.70", "1.60", "not met"]
     assert _row(page, "`lora`, added MB", "## Length")[-3:] == ["1.00", "1.10", "met"] and "3 of 4 figures" in page.replace("\n", " ")
     assert _row(page, "`adapter`, CPU ms", "## Length")[-1] == cells.NOT_RUN
+
+
+def test_the_readme_says_what_the_contest_found():
+    said = " ".join((cells.ROOT / "README.md").read_text().split())
+    assert contest.sentence(contest.TABLE) in said
