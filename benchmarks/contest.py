@@ -311,9 +311,9 @@ def sentence(table: Table) -> str:
 
     speed, memory = ([times("all of SST-2", "lora", field=field, other=other) for other in (DOCUMENTED, GIVEN)] for field in ("examples_per_s", "added_mb"))
     heads = [times(subject, "head", field="examples_per_s", other=DOCUMENTED) for subject in ("SST-2", "MRPC")]
-    return (f"LoRA on all sentences of SST-2 trained {speed[0]:.1f} times as fast as with peft as its documentation shows it, and {speed[1]:.1f} times as fast as with peft given "
-            f"our number format and batches; it added {memory[0]:.2f} and {memory[1]:.2f} of their memory. `head`, whose frozen layers are computed once, trained five epochs "
-            f"{min(heads):.0f} to {max(heads):.0f} times as fast as with transformers' Trainer")  # fmt: skip
+    return (f"LoRA on all sentences of SST-2 trained {speed[0]:.1f} times as fast as with peft as its documentation shows it, and {speed[1]:.1f} times as fast as with "
+            f"peft given our number format and batches; it added {memory[0]:.2f} and {memory[1]:.2f} of their memory. `head`, whose frozen layers are computed once, "
+            f"trained five epochs {min(heads):.0f} to {max(heads):.0f} times as fast as with transformers' Trainer")  # fmt: skip
 
 
 def _scores(cell: dict[str, Any]) -> list[str]:

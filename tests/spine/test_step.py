@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from paretune import anatomy
 from paretune.meters.system import Fastest
 from paretune.methods.adapters.full import Full
+from paretune.methods.modifiers.schedule import Schedule
 from paretune.methods.transforms.longformer import Longformer
 from paretune.step import dropout, probe, short_attention
 from paretune.step.probe import Pace
@@ -295,6 +296,19 @@ def test_a_replaced_attention_is_timed_by_itself(monkeypatch):
             method.apply(model)
         work.fitted(model, work.text_task(), epochs=1.0, batch=8, dtype="auto")
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("tokens, share, kept, ours", [(300, 0.0, True, True), (600, 0.0, True, False), (600, 0.1, True, True), (600, 0.1, False, False)])
+def test_our_attention_is_likelier_for_few_tokens_and_where_weights_are_dropped(tokens, share, kept, ours, monkeypatch):
+    monkeypatch.setattr(probe, "_CHOSEN", {})
+    monkeypatch.setattr(probe, "fastest", lambda timed, *, kernels, **how: Pace("fp32", kernels[0]))
+    model = work.ready("bert")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = share
+    batch = {"input_ids": torch.ones(2, tokens, dtype=torch.long)}
+    chosen = probe.choose(model, None, batch=batch, schedule=Schedule(dropout=kept), passes=5)
+    assert chosen.attention == (short_attention.NAME if ours else "sdpa")
 
 
 def test_a_choice_is_made_once_until_it_is_forgotten(monkeypatch):

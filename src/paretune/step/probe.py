@@ -31,7 +31,7 @@ AHEAD = 1.1  # times as fast as the likeliest pace another has to be: noise must
 ROWS, WIDEST = 256, 1024  # of the product that tells the number formats apart: at most so many tokens and features
 BF16_AHEAD, FP32_AHEAD = 1.2, 2.0  # by so much a format's matrix products must be ahead to be taken without a pass in the other; what lies between products is
 # faster in bf16 as well, so that a pass gains more by it than they do: 2.3 to 3.3 times where they gain 1.5 to 2.5, 1.0 to 1.7 where they lose (MiniLM, BERTs)
-SHORT = short_attention.LONG  # tokens up to which our attention is the likelier one to win, and is tried first; beyond it the model's own
+SHORT = 512  # tokens up to which our attention is the likelier one to win, and is tried first; beyond it the model's own, unless attention drops weights
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "drop_prob")  # shares kept as plain numbers
 
 
@@ -66,7 +66,8 @@ def choose(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], schedule: S
     key = (type(model), str(first.device), torch.get_num_threads(), len(first), _bucket(first), learning, attending, schedule.dropout, schedule.pack,
            int(passes).bit_length())  # fmt: skip
     if key not in _CHOSEN:
-        likely = sorted(_attentions(model), key=lambda kernel: (kernel == short_attention.NAME) != (first[0].numel() <= SHORT))
+        ours = first[0].numel() <= SHORT or (schedule.dropout and _drops_weights(model))
+        likely = sorted(_attentions(model), key=lambda kernel: (kernel == short_attention.NAME) != ours)
         kernels = [packing.name(kernel) if schedule.pack else kernel for kernel in likely]
         state = torch.get_rng_state()
         timed = functools.partial(step_seconds, model, kind, batch=batch, dropout=schedule.dropout)
@@ -140,6 +141,11 @@ def _attentions(model: Any) -> list[str]:
     own = getattr(model.config, "_attn_implementation", None) or ""
     ours = [short_attention.NAME] if next(model.parameters()).device.type == "cpu" else []
     return [own, "eager", *ours] if own == "sdpa" else [own]
+
+
+def _drops_weights(model: nn.Module) -> bool:
+    """Does attention drop weights? SDPA has no kernel on a CPU that does, and writes all of them out, in more passes than ours."""
+    return any(True for module in model.modules() if anatomy.calls_attention(type(module)) for _ in dropouts(module.modules()))
 
 
 def step_seconds(model: nn.Module, kind: Any, *, batch: dict[str, Tensor], pace: Pace, dropout: bool) -> float:
