@@ -206,5 +206,11 @@ def order(claims: Iterable[tuple[str, str, str]], gaps: Callable[[str, str], Seq
     return markdown(["weaker", "stronger", "found by", "difference here", "here"], rows)
 
 
+def when(files: Iterable[dict[str, Any]]) -> str:
+    """The commits and days of these files' figures."""
+    found = list(files)
+    return "; ".join(", ".join(sorted({f[field] for f in found})) for field in ("commit", "date"))
+
+
 def _commit() -> str:
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()

@@ -280,10 +280,9 @@ def _about(known: list[dict[str, Any]]) -> str:
     trained = {name: next((f["train"] for f in known if f["cell"].endswith(f", {name}")), None) for name in SUBJECTS}
     sizes = "; ".join(f"{name}: {n:,} examples in batches of {SUBJECTS[name].batch}" for name, n in trained.items() if n)
     longer = ", ".join(f"{m.epochs} of `{m.recipe}`" for m in METHODS.values() if m.epochs > 1)
-    when = "; ".join(", ".join(sorted({f[field] for f in known})) for field in ("commit", "date"))
     return f"""MiniLM on two tasks, and a Llama-shaped decoder of 6 layers of width 768 on blocks of the books. {sizes}. One epoch, but {longer}.
 {machine.get("cpu")}, {machine["threads"]} threads; {", ".join(f"{k} {v}" for k, v in versions.items())}, transformers {" and ".join(several)}
-(the older one for `adapters`); commit {when}."""
+(the older one for `adapters`); commit {cells.when(known)}."""
 
 
 def _table(found: Found, shown: Callable[[dict[str, Any]], list[str]]) -> str:

@@ -130,7 +130,7 @@ def page(table: Table) -> str:
         here = known[0]["environment"]
         slowest, hungriest = (max(p[field] for f in known for p in f["points"]) for field in ("took_s", "added_mb"))
         how = (f"A point took up to {slowest:,.0f} s and up to {hungriest:,.0f} of the machine's {here['memory_mb']:,} MB. {here['cpu']}, {here['threads']} threads; "
-               f"commit {known[0]['commit']}, {known[0]['date']}.")  # fmt: skip
+               f"commit {cells.when(known)}.")  # fmt: skip
     verdicts = [verdict for key in found for _, _, verdict in _exponents(found, *key)]
     missing = f"; {verdicts.count(cells.NOT_RUN)} were not run" if cells.NOT_RUN in verdicts else ""
     joined = "\n\n".join(_section(found, what) for what in LINES)

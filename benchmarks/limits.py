@@ -160,7 +160,7 @@ def page(table: Table) -> str:
     where = [[f"`{text}`, {model}", *(f"{100 * f['where'][kind]:.0f}" for kind in kinds)] if f else [f"`{text}`, {model}", *[cells.NOT_RUN] * len(kinds)]
              for (model, text), f in found.items()]  # fmt: skip
     known = list(filter(None, found.values()))
-    machine = f"{known[0]['threads']} threads of {known[0]['environment'].get('cpu')}; commit {known[0]['commit']}, {known[0]['date']}" if known else cells.NOT_RUN
+    machine = f"{known[0]['threads']} threads of {known[0]['environment'].get('cpu')}; commit {cells.when(known)}" if known else cells.NOT_RUN
     return f"""# The machine's limit, and where the rest goes
 
 Training steps of the library's loop, optimizer included, but for the first {WARM}. FLOPs are counted on the batches that were trained on, padding included; the peak is
