@@ -1,13 +1,14 @@
-"""Attention for training at short lengths on a CPU: few passes over memory, all but the shortest softmax in the fast number format.
+"""Attention for training on a CPU, at short lengths or with weights dropped: few passes over memory, in the fast number format.
 
     A = softmax(s Q Kᵀ + b),   out = D(A) V,   D dropout
 
     dV = D(A)ᵀ dO,   dA = D(dO Vᵀ),   dS = A ∘ (dA − rowsum(dA ∘ A)),   dQ = s dS K,   dK = s dSᵀ Q
 
 A is kept in the format of Q and the mask of D in a byte; D(A) is made again. Eager attention adds an fp32 mask and so goes on
-in fp32, with three such matrices kept; SDPA's kernel recomputes A block by block. Grouped heads read their keys and values in
-place. Which of the three runs is timed once for a phase (`probe.choose`), at its median length. A longer call is right here, too;
-in fp32, without dropout and with more than `LONG` keys, it goes to SDPA, whose kernel is ahead there.
+in fp32, with three such matrices kept; SDPA's kernel recomputes A block by block, but has no dropout, for which SDPA goes the way of
+eager attention. Grouped heads read their keys and values in place. Which of the three runs is chosen once for a phase
+(`probe.choose`), at its median length. A longer call is right here, too; in fp32, without dropout and with more than `LONG`
+keys, it goes to SDPA, whose kernel is ahead there.
 
 Shapes: B rows, T queries, S keys, H heads, N heads of keys and values, D features of a head.
 """
