@@ -152,7 +152,7 @@ GRIDS = {
     "dropout": Grid(
         title="Dropout around adapters",
         about="Accuracy in percent on 500 test texts after three epochs, the cards' own rates. `dropout=False` takes the dropout of the checkpoint (BERT's 0.1) out of "
-        "all that a step computes, the frozen layers and the head; with `dropout=True`, the default, it stays. CPU seconds are of one thread, with at most one run on a core.",
+        "all that a step computes, the frozen layers and the head; with `dropout=True`, the default, it stays. CPU seconds are of one thread, at most one run on a core.",
         recipes=tuple(f"{method} + schedule(dropout={kept})" for method in _DROPPING for kept in (True, False)),
         columns=_little("sst2", 400, 2000) | _little("trec6", 2000), seeds=(0, 1, 2, 3, 4), intervals=True,
         claims=tuple((text.format(False), text.format(True), "Srivastava et al. 2014, of networks that learn as a whole")
