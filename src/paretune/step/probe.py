@@ -29,8 +29,8 @@ FEWEST = 3  # passes that tell two kernels apart, a model's slow first one among
 FAR = 1.5  # a pace that was so many times slower than the fastest is not tried again
 AHEAD = 1.1  # times as fast as the likeliest pace another has to be: noise must not decide which numbers a seed gives
 ROWS, WIDEST = 256, 1024  # of the product that tells the number formats apart: at most so many tokens and features
-BF16_AHEAD, FP32_AHEAD = 1.2, 2.0  # by so much a format's matrix products must be ahead to be taken without a pass in the other; what lies between products is
-# faster in bf16 as well, so that a pass gains more by it than they do: 2.3 to 3.3 times where they gain 1.5 to 2.5, 1.0 to 1.7 where they lose (MiniLM, BERTs)
+BF16_AHEAD, FP32_AHEAD = 1.2, 2.0  # by so much a format's matrix products must be ahead to be taken without a pass in the other: what lies between products
+# is faster in bf16 as well, so that a pass gains more by it than they do
 SHORT = 512  # tokens up to which our attention is the likelier one to win, and is tried first; beyond it the model's own, unless attention drops weights
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "drop_prob")  # shares kept as plain numbers
 
