@@ -47,6 +47,16 @@ def test_the_kernel_on_codes_is_the_product(tokens, dtype):
     torch.testing.assert_close(y, F.linear(x, module.dequantized().to(dtype), module.bias.to(dtype)), rtol=0.02, atol=0.02)  # the kernel reads x in bf16
 
 
+@pytest.mark.parametrize("start", [1, 8, 16, 32])
+def test_codes_may_lie_at_any_address(start):
+    """A file's bytes do; the kernel's vector loads end the process there, if the processor has them."""
+    module, x = made(nn.Linear(64, 96)), torch.randn(32, 64)
+    codes = module.weight
+    module.weight = torch.empty(codes.numel() + start, dtype=torch.int8)[start:].copy_(codes)
+    y = module.method.ways(module, x.dtype)["codes"](x)
+    torch.testing.assert_close(y, F.linear(x, module.dequantized(), module.bias), rtol=0.02, atol=0.02)
+
+
 def test_groups_and_odd_shapes_are_dequantized():
     assert "codes" not in Int8Weights().ways(made(nn.Linear(60, 96)), torch.float32)
     assert "codes" not in Int8Weights().ways(made(nn.Linear(64, 50)), torch.float32)

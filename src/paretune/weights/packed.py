@@ -33,6 +33,7 @@ from paretune.weights.sharing import require_own_layers, require_unshared
 
 T = TypeVar("T")
 CHUNK = 2**22  # so many weights are dequantized at a time: 16 MB in fp32
+ALIGNED = 64  # bytes: where torch's own tensors begin, and the longest vector that a kernel loads at once
 
 
 class Packing(Transform):
@@ -210,6 +211,13 @@ class Packed(nn.Module):
         if name not in self._kept or self._kept[name][0] is not self._buffers["weight"]:
             self._kept[name] = self.weight, make()
         return self._kept[name][1]
+
+    def aligned(self) -> Tensor:
+        """The codes, moved where a kernel may load whole vectors from; a file has them at any address, from which such a load ends the process."""
+        if self.weight.data_ptr() % ALIGNED:
+            with torch.inference_mode(False):  # they may be used outside inference mode, too
+                self.weight = self.weight.clone()
+        return self.weight
 
     def forget(self) -> None:
         """Frees what was kept."""

@@ -64,4 +64,4 @@ class Int8Weights(Packing):
 
     def _on_codes(self, module: PackedLinear, x: Tensor) -> Tensor:
         """x (T, I) in bf16 times the codes, by a kernel that scales their sums: (T, O)."""
-        return torch.ops.aten._weight_int8pack_mm(x, module.weight.view(module.shape), module.kept("scales", module.scales.bfloat16))
+        return torch.ops.aten._weight_int8pack_mm(x, module.aligned().view(module.shape), module.kept("scales", module.scales.bfloat16))
