@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 GRAPH = "model.onnx"
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
+OPSET = 23  # the first with attention as one operator
+SLOWER = ["SkipLayerNormFusion"]  # sum and layer norm as one operator take longer than as two
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch notes the paths of the modules that a node comes from
 
 
@@ -141,7 +143,7 @@ def _trace(model: nn.Module, task: Task, *, name: str) -> Any:
         with torch.no_grad():
             return torch.onnx.export(
                 _Answers(model, list(batch)).eval(), tuple(batch.values()), dynamo=True, dynamic_shapes=shapes, input_names=list(batch),
-                output_names=["logits"], verbose=False,
+                output_names=["logits"], verbose=False, opset_version=OPSET,
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
@@ -224,9 +226,9 @@ class Runner(nn.Module):
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait shall not burn energy
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # threads that wait for the next call shall not burn energy
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOWER)
         self.names = [given.name for given in self.session.get_inputs()]
         self.config = config
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # says on which device it runs

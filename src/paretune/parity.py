@@ -70,7 +70,8 @@ class Answers:
         """How far an export's answers are from these."""
         z, again = (torch.cat([t.flatten() for t in found.logits]) for found in (self, export))
         scores = [tasks.score(task, found.predictions, rows=task.test) for found in (export, self)]
-        differing = sum(a != b for a, b in zip(self.predictions, export.predictions, strict=True)) if task.kind.one_label else None
+        labels = [task.kind.compare(task, found.predictions, rows=task.test)[1] for found in (self, export)]
+        differing = sum(a != b for a, b in zip(*labels, strict=True)) if task.kind.one_label else None
         return Parity(form, len(task.test), float((again - z).norm() / z.norm()), *scores, differing, notes)
 
 
