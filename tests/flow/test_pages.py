@@ -17,6 +17,7 @@ from benchmarks import (  # noqa: E402
     episodes,
     features,
     folds,
+    graphs,
     grids,
     growth,
     in_context,
@@ -32,7 +33,7 @@ from benchmarks import (  # noqa: E402
 )
 
 TABLES = (adaptation, bits, contest, d90, episodes, features, folds, growth, in_context, limits, raft, shift, shrinking)
-TIMINGS = (components, method_steps, orders, serving, slowdowns, step)
+TIMINGS = (components, graphs, method_steps, orders, serving, slowdowns, step)
 PAGES = {page.name: page for page in (*(t.TABLE for t in TABLES), *(t.TIMING for t in TIMINGS), *grids.TABLES.values())}
 BEFORE = ("step",)  # their figures are those of an older script, until they are measured again
 
