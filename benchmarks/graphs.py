@@ -19,11 +19,11 @@ from unittest import mock
 
 from benchmarks import cells, data, opened
 from benchmarks.cells import Timing
+from benchmarks.opened import BEFORE
 from paretune import onnx_files
 
 TOKENS, BATCHES = 26, {1: 300, 16: 40}  # texts at a time, and how many times in a round
 REST_S = 0.2  # after the calls
-BEFORE = 20  # the operators of opset 20, torch's own choice
 
 
 @dataclasses.dataclass(frozen=True)

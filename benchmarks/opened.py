@@ -9,20 +9,25 @@ import contextlib
 import io
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from paretune.store import Run
 
+BEFORE = 20  # the opset that torch's exporter takes by itself
 FORMS = ("saved", "compiled", "onnx", "onnxruntime int8", "torchao int8", "torchao int8 compiled", "torchao int8 weights")
 
 
 def prepare(form: str, run: Run, folder: Path) -> Path:
     """The folder that the form opens, made where it needs one of its own."""
-    from paretune import exports
+    from paretune import exports, onnx_files
 
     if not form.startswith("onnx"):
         return run.folder
-    exports.write(run, folder, to="onnx")
-    if form == "onnxruntime int8":
+    if form == "onnx":
+        exports.write(run, folder, to="onnx")
+    else:
+        with mock.patch.object(onnx_files, "OPSET", BEFORE):  # as torch's exporter writes it; attention as one operator stops onnxruntime's quantization
+            exports.write(run, folder, to="onnx")
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
