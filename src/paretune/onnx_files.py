@@ -151,6 +151,8 @@ def _trace(model: nn.Module, task: Task, *, name: str) -> Any:
 
 
 def _save(made: Any, path: Path, *, large: bool) -> None:
+    for node in made.model.graph:
+        node.metadata_props.clear()  # where in whose files torch found each operator: half a megabyte, and the paths of this machine
     made.save(path, external_data=large)
 
 

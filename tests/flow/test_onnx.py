@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import types
 
 import numpy
@@ -74,6 +75,10 @@ def test_the_graph_answers_as_the_run_does(recipe, tolerance, finished, exported
     for rows in (NEW, NEW[:1]):
         for mine, its in zip(run.predict(rows), again.predict(rows), strict=True):
             assert abs(mine["p_up"] - its["p_up"]) < tolerance
+
+
+def test_a_graph_says_nothing_of_the_machine_that_wrote_it(exported):
+    assert re.findall(rb"\.py|site-packages|stack_trace", (exported(FLOAT) / "model.onnx").read_bytes()) == []
 
 
 def test_onnxruntime_alone_gives_the_logits_of_transformers(finished, exported):
