@@ -26,7 +26,8 @@ SEEDS = (0, 1, 2)
 TRAIN, EPOCHS = 3000, 3
 WORK = Path(os.environ.get("PARETUNE_BENCH") or tempfile.gettempdir()) / "paretune-shrinking"
 STUDENT = 'full | {} | full + distill(teacher=@1, logits=2.5, hidden=0.5, hidden_by="cosine", layers="last", mix=0.5) + schedule(epochs=10)'
-THREE, TWO, THIN = map(STUDENT.format, ('keep_layers("0,2,4")', 'keep_layers("0,3")', "ffn(keep=0.25) | attention_heads"))
+SHAPES = ('keep_layers("0,2,4")', 'keep_layers("0,3")', "ffn(keep=0.25) | attention_heads", "ffn(keep=0.2) | attention_heads(keep=4)")
+THREE, TWO, THIN, THINNER = map(STUDENT.format, SHAPES)
 FP32, BF16, COMPILED = "fp32", "bf16", "bf16, compiled"
 ROWS: dict[str, tuple[str, str]] = {  # recipe, and how its saved model is opened (`opened.FORMS`)
     FP32: ("full", "saved"), BF16: ("full | cast", "saved"), COMPILED: ("full | cast", "compiled"), "fp32, compiled": ("full", "compiled"),
@@ -49,6 +50,8 @@ ROWS: dict[str, tuple[str, str]] = {  # recipe, and how its saved model is opene
     "thin layers, distilled": (THIN, "saved"), "thin layers, int8, onnx": (f"{THIN} | int8", "onnx"),
     "thin layers, vocabulary, int8": (f"{THIN} | vocabulary | max_length(128) | int8", "saved"),
     "thin layers, vocabulary, int8, onnx": (f"{THIN} | vocabulary | max_length(128) | int8", "onnx"),
+    "thinner layers, distilled": (THINNER, "saved"),
+    "thinner layers, vocabulary, int8, onnx": (f"{THINNER} | vocabulary | max_length(128) | int8", "onnx"),
     "torchao: int8": ("full", "torchao int8"), "torchao: int8, compiled": ("full", "torchao int8 compiled"),
     "torchao: int8 weights": ("full", "torchao int8 weights"), "onnxruntime: int8": ("full", "onnxruntime int8"),
 }  # fmt: skip
