@@ -181,7 +181,7 @@ def test_a_graph_that_answers_otherwise_is_refused_and_leaves_nothing(finished, 
 
 @pytest.mark.parametrize("found", [
     parity.Parity("float", 9, 2e-3, 0.9, 0.9), parity.Parity("int8", 9, 0.2, 0.9, 0.9), parity.Parity("int8", 9, 0.01, 0.88, 0.9),
-    parity.Parity("float", 9, float("nan"), 0.9, 0.9), parity.Parity("float", 9, 0.0, 15.0, 14.0), parity.Parity("int8", 200, 0.01, 0.87, 0.9, 8),
+    parity.Parity("float", 9, float("nan"), 0.9, 0.9), parity.Parity("float", 9, 0.0, 15.0, 14.0), parity.Parity("int8", 200, 0.01, 0.91, 0.895),
 ])  # fmt: skip
 def test_drift_of_outputs_or_score_is_refused(found):
     with pytest.raises(Incompatible, match=f"the run.*{found.model_score:.4f}.*nothing was written"):
@@ -191,9 +191,7 @@ def test_drift_of_outputs_or_score_is_refused(found):
 def test_what_is_tolerated_passes():
     parity.Parity("float", 9, 9e-4, 0.9, 0.9).check("the run")
     parity.Parity("int8", 9, 0.14, 0.895, 0.9).check("the run")
-    parity.Parity("int8", 200, 0.01, 0.905, 0.895).check("the run")  # two answers, though 0.905 - 0.895 > 0.01
-    parity.Parity("int8", 50, 0.01, 0.88, 0.9, 1).check("the run")  # one answer of fifty
-    parity.Parity("int8", 200, 0.01, 0.88, 0.9, 8).check("the run")  # eight, six of which for the worse: p = 0.29
+    parity.Parity("int8", 200, 0.01, 0.905, 0.895).check("the run")  # a hundredth, though 0.905 - 0.895 > 0.01
 
 
 def test_what_no_graph_holds_is_refused(finished, tmp_path):

@@ -104,9 +104,8 @@ def _export(parity: Record) -> list[str]:
     if "rows" not in parity:
         return notes
     title = parity.get("title") or f"{parity['form']} ONNX graph"  # as records of before have it
-    differing = "" if parity.get("differing") is None else f", {parity['differing']} of them get another label"
     return [f"A {title}. On {parity['rows']} test rows it scores {parity['score']:.4f} where the model it was made from scores "
-            f"{parity['model_score']:.4f}{differing}, and its logits are off by a share of {parity['drift']:.2g}. The scores above are that model's.",
+            f"{parity['model_score']:.4f}, and its logits are off by a share of {parity['drift']:.2g}. The scores above are that model's.",
             *notes]  # fmt: skip
 
 
