@@ -103,7 +103,8 @@ class Table:
         figures = {"cell": cell.name, **cell.run(), "wall_s": time.monotonic() - begun, "date": datetime.date.today().isoformat(), "commit": _commit()}
         self.file(cell.name).parent.mkdir(parents=True, exist_ok=True)
         self.file(cell.name).write_text(json.dumps(figures, indent=1) + "\n")
-        print(f"{cell.name}: {figures['score']:.4f} in {figures['wall_s']:.0f} s", flush=True)
+        score = "no score" if figures["score"] is None else f"{figures['score']:.4f}"
+        print(f"{cell.name}: {score} in {figures['wall_s']:.0f} s", flush=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import cells, data, opened
 from benchmarks.cells import Cell, Table
+from paretune.errors import Incompatible
 from paretune.pareto import intervals
 
 TASKS = ("sst2", "mrpc", "trec6")
@@ -82,7 +83,7 @@ def _time(task: str) -> str:
 
 
 def score(name: str, task: str, seed: int) -> dict[str, Any]:
-    """The test score of a row's model, opened again, its bytes, and with the first seed the memory of a process that opens it."""
+    """The test score of a row's model, opened again, its bytes, and with the first seed the memory of a process that opens it; or why it was not exported."""
     from paretune import tasks, training
 
     recipe, form = ROWS[name]
@@ -90,7 +91,10 @@ def score(name: str, task: str, seed: int) -> dict[str, Any]:
     made = data.finished(recipe, given, out=str(WORK / task), seed=seed, epochs=EPOCHS)
     kept = data.figures(made, given)
     with tempfile.TemporaryDirectory() as folder:
-        place = opened.prepare(form, made, Path(folder) / "model")
+        try:
+            place = opened.prepare(form, made, Path(folder) / "model")
+        except Incompatible as refusal:
+            return kept | {"score": None, "stored_mb": None, "refused": str(refusal)}
         if form != "saved":
             found = training.predict(opened.model(form, place, given), given, rows=given.test)
             kept |= {"score": tasks.score(given, found, rows=given.test), "score_low": None, "score_high": None, "stored_mb": opened.stored_mb(form, place)}
@@ -110,12 +114,13 @@ def _peak_mb(form: str, place: str, task: str) -> float:
 
 
 def timed(task: str) -> dict[str, Any]:
-    """Times of all models in turn, on the first test rows."""
+    """Times of all models that were not refused in turn, on the first test rows."""
     from paretune import inference
     from paretune.meters import protocol
 
     given = data.task(task, train=TRAIN, seed=SEEDS[0])
-    made = {name: data.finished(recipe, given, out=str(WORK / task), epochs=EPOCHS) for name, (recipe, _) in ROWS.items()}
+    kept = {name: recipe for name, (recipe, _) in ROWS.items() if not _refused(name, task, SEEDS[:1])}
+    made = {name: data.finished(recipe, given, out=str(WORK / task), epochs=EPOCHS) for name, recipe in kept.items()}
     with tempfile.TemporaryDirectory() as folder:
         places = {name: opened.prepare(ROWS[name][1], run, Path(folder) / f"{i}") for i, (name, run) in enumerate(made.items())}
         benches = {name: inference.Bench(opened.model(ROWS[name][1], place, given), given) for name, place in places.items()}
@@ -144,12 +149,17 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
+def _refused(name: str, task: str, seeds: Sequence[int] = SEEDS) -> int:
+    """With how many seeds the export's gate refused the row's graph."""
+    return sum("refused" in (TABLE.found(_score(name, task, seed)) or {}) for seed in seeds)
+
+
 @functools.cache
 def row(name: str, task: str) -> dict[str, Any] | None:
-    """What the files say of a row: points lost to fp32 in the same seed, MB and times as factors; None where files are missing."""
+    """What the files say of a row: points lost to fp32 in the same seed, MB and times as factors; None where files are missing, or a graph was refused."""
     pairs = [(TABLE.found(_score(FP32, task, seed)), TABLE.found(_score(name, task, seed))) for seed in SEEDS]
     time = TABLE.found(_time(task))
-    if time is None or name not in time["rows"] or None in [found for pair in pairs for found in pair]:
+    if time is None or name not in time["rows"] or None in [found for pair in pairs for found in pair] or _refused(name, task):
         return None
     lost, chosen_by = ([100 * (a[field] - b[field]) for a, b in pairs] for field in ("score", "validation_score"))  # type: ignore[index]
     mine, fp32, bf16, compiled = (time["rows"][r] for r in (name, FP32, BF16, COMPILED))
@@ -200,15 +210,16 @@ def code(recipe: str) -> str:
 
 def _scored(name: str, task: str) -> list[str]:
     found = [TABLE.found(_score(name, task, seed)) for seed in SEEDS]
-    about = row(name, task)
-    lost = f"{about['lost']:+.1f}" if about else ""
+    about, refused = row(name, task), _refused(name, task)
+    lost = f"{about['lost']:+.1f}" if about else f"refused in {refused} of {len(SEEDS)}" if refused else ""
+    found = [f if f and "refused" not in f else None for f in found]
     return [name, cells.mean_interval(found), lost, cells.mean(found, "stored_mb", digits=1), cells.mean(found[:1], "peak_memory_mb")]
 
 
 def _timed(name: str, task: str) -> list[str]:
     time = TABLE.found(_time(task))
     if time is None or name not in time["rows"]:
-        return [name, *[cells.NOT_RUN] * 8]
+        return [name, *["refused" if _refused(name, task, SEEDS[:1]) else cells.NOT_RUN] * 8]
     one, many = (time["rows"][name][how] for how in ("one", "batched"))
     to = {other: many["per_s"] / time["rows"][other]["batched"]["per_s"] for other in (BF16, COMPILED)}
     return [name, f"{one['p50_ms']:.2f}, {one['p95_ms']:.2f}", f"{time['rows'][FP32]['one']['p50_ms'] / one['p50_ms']:.2f}", f"{one['cpu_ms_per_text']:.1f}",
@@ -235,6 +246,8 @@ The score is the mean over {len(SEEDS)} seeds with the half width of its 95 % in
 on up to {TRAIN:,} texts; all rows of a task and seed start from the same fine-tuned weights, and points lost are to fp32 with the same seed. MB are all files that
 opening the model reads. Peak memory is what opening it and answering {SAMPLE} texts, one at a time, adds to a process of its own whose libraries are loaded. Times are
 of one process in which all models of a task took turns, tokenizing apart; the A/A control is how far two measurements of one model differ.
+"Refused": `paretune export` wrote no graph, since its answers to the run's kept test rows differed from the model's by more than is tolerated; such a row counts for no
+target.
 
 ## Targets
 
