@@ -88,7 +88,7 @@ def _merged(run: store.Run, folder: Path) -> tuple[Parity | None, tuple[str, ...
     if surgery.state(model).adapters:
         return None, notes
     try:
-        task = inference.tested(run)
+        task = inference.compared(run)
         lack = "" if len(task.test) else "there are none"
     except (DataError, StoreError) as error:
         lack = str(error)
@@ -119,7 +119,7 @@ def _license(run: store.Run) -> str | None:
 
 def _write_onnx(run: store.Run, folder: Path, record: dict[str, Any], *, merge: bool) -> tuple[dict[str, Any], str]:
     """The graph, what reads text for it, and a record with which `predict` and `measure` take the folder."""
-    task = inference.tested(run)
+    task = inference.compared(run)
     model = inference.open_model(run.model, task)
     parity = onnx_files.write(model, task, folder=folder, name=run.recipe, merge=merge)
     config = store.read_json(run.model / "config.json")
@@ -143,7 +143,7 @@ def _answering(run: store.Run, folder: Path, record: dict[str, Any], parity: Par
 
 def _write_bitsandbytes(run: store.Run, folder: Path, record: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """A folder that transformers opens with bitsandbytes, and a card."""
-    task = inference.tested(run)
+    task = inference.compared(run)
     auto = _auto_class(run, run.model)
     parity = bitsandbytes_files.write(inference.open_model(run.model, task), task, folder=folder, auto=auto, name=run.recipe)
     record = _answering(run, folder, {**record, "loads_with": "transformers+bitsandbytes"}, parity)

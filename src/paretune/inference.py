@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from paretune.options import Metering
 from paretune.tasks import Task
 
 SAMPLE = 200  # test examples that a measurement cycles through
+COMPARED = 1000  # test examples, at most, that an export is compared on: of 200, two decide over a hundredth of the score
 LONGEST = 24  # of them, those in which memory is at its peak
 CHUNK = 256  # rows read, answered and written at a time
 
@@ -61,8 +63,20 @@ def tested(run: store.Run) -> Task:
         DataError: for a source that has changed since, or a task that was made without one.
     """
     sample = store.read_json(run.folder / "sample.json")
-    if sample:
-        return dataclasses.replace(task_of(run), test=tasks.Rows(sample))
+    return dataclasses.replace(task_of(run), test=tasks.Rows(sample)) if sample else _rebuilt(run)
+
+
+def compared(run: store.Run) -> Task:
+    """The run's task with the test examples that an export is compared on: from all over the split while its source is what it was, else those the run keeps."""
+    try:
+        task = _rebuilt(run)
+    except DataError:
+        task = tested(run)
+    return dataclasses.replace(task, test=task.test[:: math.ceil(len(task.test) / COMPARED) or 1])
+
+
+def _rebuilt(run: store.Run) -> Task:
+    """The run's whole task, from its source."""
     definition = run.record["task_definition"]
     if "source" not in definition["build"]:
         raise DataError(f"the task {definition['name']!r} was not read from files, and run {run.id} keeps examples of plain text alone; make it with pt.task")

@@ -1,6 +1,6 @@
 """The gate of an export: what was written answers the run's test rows as the run's model does, or the export fails with the figures.
 
-    drift = ‖z_export − z‖ / ‖z‖   over the logits z of the run's own test rows
+    drift = ‖z_export − z‖ / ‖z‖   over the logits z of the first of the test rows
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from paretune.tasks import Task
 
 DRIFT = {"float": 1e-3, "int8": 0.15, "nf4": 1e-3, "merged": 1e-3}  # the largest drift that an export may have
 SCORE = 0.01  # how far its score may be from the model's, as a share of it
+HELD = 200  # test rows at most whose logits are compared, for they are held in memory
 ROUNDING = 1e-9  # of the difference of two scores: 0.905 - 0.895 is more than 0.01
 TITLES = {"float": "float ONNX graph", "int8": "int8 ONNX graph", "nf4": "folder in NF4 for bitsandbytes", "merged": "folder with merged adapters"}
 INSTEAD = {"merged": "--keep-adapters"}  # what to try where it is not --to hf
@@ -43,15 +44,15 @@ class Parity:
         apart = abs(self.score - self.model_score)
         if not self.drift <= DRIFT[self.form] or not apart <= SCORE * max(1.0, abs(self.model_score)) + ROUNDING:
             raise Incompatible(
-                f"{name}: the {TITLES[self.form]} answers otherwise than the model: on {self.rows} test rows its logits are off by {self.drift:.2g} "
-                f"(tolerated {DRIFT[self.form]:g}) and it scores {self.score:.4f}, not {self.model_score:.4f} (tolerated {SCORE:g}); "
+                f"{name}: the {TITLES[self.form]} answers otherwise than the model: on {self.rows} test rows it scores {self.score:.4f}, "
+                f"not {self.model_score:.4f} (tolerated {SCORE:g}), and its logits are off by {self.drift:.2g} (tolerated {DRIFT[self.form]:g}); "
                 f"nothing was written, export with {INSTEAD.get(self.form, '--to hf')}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a model says to the test rows: the logits of each, and its predictions."""
+    """What a model says to the test rows: the logits of the first of them, and its predictions."""
 
     logits: list[Tensor]
     predictions: list[Any]
@@ -59,7 +60,7 @@ class Answers:
     @classmethod
     def of(cls, model: nn.Module, task: Task) -> Answers:
         """Reads the task's test rows with a model, in evaluation mode."""
-        return cls(training.read(model, task, rows=task.test, answers=_logits), training.predict(model, task, rows=task.test))
+        return cls(training.read(model, task, rows=task.test[:HELD], answers=_logits), training.predict(model, task, rows=task.test))
 
     def beside(self, export: Answers, task: Task, *, form: str, notes: tuple[str, ...] = ()) -> Parity:
         """How far an export's answers are from these."""

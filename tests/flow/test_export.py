@@ -103,7 +103,7 @@ def test_a_merge_that_drifts_or_cannot_be_compared_is_not_given_out(place: Path,
         with pytest.raises(Incompatible, match=r"folder with merged adapters answers otherwise.*off by.*export with --keep-adapters"):
             flow.export(run, tmp_path / "export")
     assert not any(tmp_path.iterdir())
-    monkeypatch.setattr(inference, "tested", lambda run: (_ for _ in ()).throw(DataError("films.csv is gone")))
+    monkeypatch.setattr(inference, "compared", lambda run: (_ for _ in ()).throw(DataError("films.csv is gone")))
     made = flow.export(run, tmp_path / "export", told=said.append)
     assert said == ["adapters are left apart, for a merge is compared on test rows: films.csv is gone"]
     assert (made / "model.safetensors").read_bytes() == (run.folder / "model" / "model.safetensors").read_bytes()

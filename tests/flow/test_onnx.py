@@ -174,9 +174,30 @@ def test_the_folder_is_measured_like_a_run(exported):
 def test_a_graph_that_answers_otherwise_is_refused_and_leaves_nothing(finished, exported, tmp_path, monkeypatch):
     other = exported(FLOAT) / "model.onnx"
     monkeypatch.setattr(onnx_files, "_save", lambda made, path, *, large: path.write_bytes(other.read_bytes()))
-    with pytest.raises(Incompatible, match=r"answers otherwise.*test rows its logits are off by [\d.e+-]+ \(tolerated 0.001\) and it scores"):
+    with pytest.raises(Incompatible, match=r"answers otherwise.*test rows it scores [\d.]+, not .*its logits are off by [\d.e+-]+ \(tolerated 0.001\)"):
         flow.export(finished("lora(r=2) + schedule(lr=0.1)"), tmp_path / "export", to="onnx")
     assert not any(tmp_path.iterdir())
+
+
+def test_an_export_is_compared_on_rows_from_all_over_the_split_while_the_source_is_there(finished, monkeypatch):
+    run = finished(FLOAT)
+    kept, whole = inference.tested(run).test, inference.compared(run).test
+    assert whole == kept and len(whole) > 3
+    monkeypatch.setattr(inference, "COMPARED", 3)
+    step = -(-len(whole) // 3)
+    assert inference.compared(run).test == whole[::step] and 1 < len(whole[::step]) <= 3
+
+
+def test_an_export_is_compared_on_the_rows_the_run_keeps_where_its_source_changed(finished, place):
+    run, file = finished(FLOAT), place / "films.csv"
+    kept, text = inference.tested(run).test, file.read_text()
+    try:
+        file.write_text(text.replace("film", "movie"))
+        assert inference.compared(run).test == kept
+        file.unlink()
+        assert inference.compared(run).test == kept
+    finally:
+        file.write_text(text)
 
 
 @pytest.mark.parametrize("found", [
