@@ -84,7 +84,7 @@ def _notes(model: nn.Module, maps: Mapping[str, PackedLinear]) -> tuple[str, ...
     if narrow:
         notes.append(f"the run computes in {one_of(narrow)}; the graph has the same weights in fp32, and so has the model beside it")
     if any(_span(module) is None for module in maps.values()):
-        notes.append("inputs of int8 maps get one range at each call, where the run takes one for each token")
+        notes.append("inputs of int8 maps get one range at each call, where the run takes one for each token; after int8(mode='static') both take the same")
     if any(_span(module) is not None for module in maps.values()):
         notes.append("inputs of int8 maps get the run's own ranges, which training examples gave")
     return tuple(notes)

@@ -46,7 +46,7 @@ class Parity:
             raise Incompatible(
                 f"{name}: the {TITLES[self.form]} answers otherwise than the model: on {self.rows} test rows it scores {self.score:.4f}, "
                 f"not {self.model_score:.4f} (tolerated {SCORE:g}), and its logits are off by {self.drift:.2g} (tolerated {DRIFT[self.form]:g}); "
-                f"nothing was written, export with {INSTEAD.get(self.form, '--to hf')}"
+                f"{'; '.join((*self.notes, 'nothing was written'))}, export with {INSTEAD.get(self.form, '--to hf')}"
             )
 
 

@@ -209,6 +209,11 @@ def test_drift_of_outputs_or_score_is_refused(found):
         found.check("the run")
 
 
+def test_a_refusal_says_what_is_otherwise_in_the_graph():
+    with pytest.raises(Incompatible, match="ranges are otherwise; nothing was written"):
+        parity.Parity("int8", 9, 0.2, 0.9, 0.9, notes=("ranges are otherwise",)).check("the run")
+
+
 def test_what_is_tolerated_passes():
     parity.Parity("float", 9, 9e-4, 0.9, 0.9).check("the run")
     parity.Parity("int8", 9, 0.14, 0.895, 0.9).check("the run")
