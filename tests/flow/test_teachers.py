@@ -38,7 +38,7 @@ def planned(place, recipe, *, backbone="bert", out="out", labels=None):
 
 
 @pytest.mark.parametrize("name, backbone, layers", [
-    ('full | keep_layers("0,2") | full + distill(teacher=@1) | int8', "bert", 2), ("distilbert", "bert", 2), ("tinybert", "bert", 2),
+    ('full | keep_layers("0,2") | full + distill(teacher=@1) | int8', "bert", 2), ("distilbert", "bert", 2), ("tinybert", "bert", 2), ("thin", "bert", 4),
     ("minilm_distill", "bert", 2), ("distilgpt2", "gpt2", 1),
 ])  # fmt: skip
 def test_recipes_that_distill_run_to_the_end(name, backbone, layers, place):
