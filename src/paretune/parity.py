@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from paretune import tasks, training
 from paretune.errors import Incompatible
 from paretune.tasks import Task
+from paretune.weights import kernels
 
 DRIFT = {"float": 1e-3, "int8": 0.15, "nf4": 1e-3, "merged": 1e-3}  # the largest drift that an export may have
 SCORE = 0.01  # how far its score may be from the model's, as a share of it
@@ -59,8 +60,9 @@ class Answers:
 
     @classmethod
     def of(cls, model: nn.Module, task: Task) -> Answers:
-        """Reads the task's test rows with a model, in evaluation mode."""
-        return cls(training.read(model, task, rows=task.test[:HELD], answers=_logits), training.predict(model, task, rows=task.test))
+        """Reads the task's test rows with a model, in evaluation mode; packed maps compute as their formats say, not by what was fastest here."""
+        with kernels.first_ways():
+            return cls(training.read(model, task, rows=task.test[:HELD], answers=_logits), training.predict(model, task, rows=task.test))
 
     def beside(self, export: Answers, task: Task, *, form: str, notes: tuple[str, ...] = ()) -> Parity:
         """How far an export's answers are from these."""

@@ -16,6 +16,7 @@ import torch
 
 from paretune import exports, flow, inference, onnx_files, options, parity, runs, store, tasks
 from paretune.errors import Incompatible, StoreError
+from paretune.weights import kernels
 
 ONCE = options.Options(training=options.Training(epochs=1, batch=8))
 NEW = ["the good film", "a bad and very very long story about a plot with an actor", "!"]
@@ -207,6 +208,15 @@ def test_an_export_is_compared_on_the_rows_the_run_keeps_where_its_source_change
 def test_drift_of_outputs_or_score_is_refused(found):
     with pytest.raises(Incompatible, match=f"the run.*{found.model_score:.4f}.*nothing was written"):
         found.check("the run")
+
+
+@pytest.mark.parametrize("recipe", [INT8, STATIC])
+def test_no_clock_decides_what_a_graph_is_compared_with(recipe, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "SMALLEST", 0)
+    monkeypatch.setattr(kernels, "choices", lambda *_: pytest.fail("kernels were timed"))
+    with pytest.raises(pytest.fail.Exception):
+        finished(recipe).predict(NEW)
+    flow.export(finished(recipe), tmp_path / "export", to="onnx")
 
 
 def test_a_refusal_says_what_is_otherwise_in_the_graph():

@@ -9,11 +9,13 @@ would sweep them. All ways give the same product within the format's tolerance, 
 from __future__ import annotations
 
 import bisect
+import contextlib
+import contextvars
 import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +37,7 @@ FAR = 2.0  # a way that took so many times as long as the fastest is not tried a
 SWEEP = 2**20  # floats, 4 MB: more than the caches of one core hold
 
 _CHOSEN: dict[tuple, tuple[str, ...]] = {}  # the way for each of TOKENS
+_FIRST = contextvars.ContextVar("first", default=False)  # is every format to take its first way?
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +51,23 @@ class Slowdown:
     bf16_way: str
 
 
+@contextlib.contextmanager
+def first_ways() -> Iterator[None]:
+    """Inside the block every format multiplies in its first way, which is its own arithmetic: no clock decides what the answers are."""
+    token = _FIRST.set(True)
+    try:
+        yield
+    finally:
+        _FIRST.reset(token)
+
+
 def product(module: PackedLinear, x: Tensor) -> Tensor:
     """x (..., I) times the packed weight, plus the bias: (..., O) in the format of x, the fastest way for so many tokens.
 
-    While a model trains, is calibrated or counted, and for small maps, it is the format's first way: no clock decides what is learned.
+    While a model trains, is calibrated or counted, in `first_ways`, and for small maps, it is the format's first way: no clock decides what is learned.
     """
     ways = module.method.ways(module, x.dtype)
-    if module.training or module.watch is not None or len(ways) == 1 or math.prod(module.shape) < SMALLEST or not x.numel():
+    if module.training or module.watch is not None or _FIRST.get() or len(ways) == 1 or math.prod(module.shape) < SMALLEST or not x.numel():
         return next(iter(ways.values()))(x)
     table = choices(module, x.dtype)
     return ways[table[nearest(x.numel() // module.in_features)] if table else next(iter(ways))](x)
