@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import work
 
-from benchmarks import cells, contest, growth, limits
+from benchmarks import cells, contest, growth, limits, shrinking
 from paretune import surgery, training
 from paretune.methods.adapters.full import Full
 from paretune.methods.modifiers.schedule import Schedule
@@ -98,3 +99,35 @@ def test_growth_is_judged_beside_the_model_itself(written):
 def test_the_readme_says_what_the_contest_found():
     said = " ".join((cells.ROOT / "README.md").read_text().split())
     assert contest.sentence(contest.TABLE) in said
+
+
+def _shrunk(written, *, refused=(), thin_ms=1.0):
+    """The files of a shrinking table in which thin layers are four times as small and nothing else is, and its page."""
+    for task, seed in itertools.product(shrinking.TASKS, shrinking.SEEDS):
+        for name in shrinking.ROWS:
+            found = {"score": 0.9, "stored_mb": 20.0 if "thin l" in name else 80.0}
+            found = {"score": None, "stored_mb": None, "refused": "it drifts"} if (name, seed) in refused else found
+            written(shrinking.TABLE, f"score {task} {name} {seed}", validation_score=0.9, **found)
+        each_ms = {name: thin_ms if "thin l" in name else 8.0 for name in shrinking.ROWS if (name, 0) not in refused}
+        figures = {name: {how: {"batch": n, "p50_ms": n * ms, "p95_ms": n * ms, "cpu_ms_per_text": ms, "per_s": 1e3 / ms} for how, n in (("one", 1), ("batched", 4))}
+                   for name, ms in each_ms.items()}  # fmt: skip
+        written(shrinking.TABLE, f"time {task}", rows=figures, aa_wall=0.05, aa_cpu=0.01, threads=2, score=0.9)
+    shrinking.row.cache_clear()
+    try:
+        return shrinking.page(shrinking.TABLE)
+    finally:
+        shrinking.row.cache_clear()
+
+
+def test_shrinking_judges_each_target_by_the_row_that_comes_nearest(written):
+    assert "sst2, deployable: **met**, nearest: thin layers, distilled, 8.0 times as fast as fp32 at batch 1 (asked 4), 8.00 times eager bf16" in _shrunk(written)
+    assert "sst2, deployable: **not met**, nearest: thin layers, distilled, 2.7 times" in _shrunk(written, thin_ms=3.0)
+    assert "sst2, combined: **not met**" in _shrunk(written), "four times as small is not ten times"
+
+
+def test_a_refused_graph_says_so_and_counts_for_no_target(written):
+    thin = [name for name in shrinking.ROWS if "thin l" in name]
+    page = _shrunk(written, refused={(name, 0) for name in thin[1:]} | {(thin[0], 1)})
+    assert _row(page, thin[1], "## sst2")[1:3] == ["90.0 ± 0.0 (2 of 3 seeds)", "refused in 1 of 3"]
+    assert _row(page.split("## sst2")[1], thin[1], "times as fast")[1] == "refused", "it was not timed: there is no graph of the first seed"
+    assert "sst2, deployable: **not met**" in page and not any(f"nearest: {name}," in page for name in thin)
