@@ -134,7 +134,7 @@ def timed(task: str) -> dict[str, Any]:
             ("one", {name: bench.one for name, bench in benches.items()}),
             ("batched", {name: bench.many(batches[name]) for name, bench in benches.items()}),
         ))  # fmt: skip
-        rounds = protocol.Protocol("cell", window_s=1.0, window_n=200, windows=4, warm_s=2.0, search_s=0.0, idle_s=0.0, idle_each=False, shuffled=True)
+        rounds = protocol.Protocol("cell", window_s=1.0, window_n=200, windows=4, warm_s=1.0, search_s=0.0, idle_s=0.0, idle_each=False, shuffled=True)
         timings = protocol.measure(ones | batched, protocol=rounds)
     about = timings[f"{FP32}, one"]
     rows = {name: {"one": _times(timings[f"{name}, one"], 1), "batched": _times(timings[f"{name}, batched"], n)} for name, n in batches.items()}
