@@ -178,6 +178,12 @@ def test_throughput_finds_the_best_batch(device: Device) -> None:
     assert max(tried) == 8  # a slow model is not kept waiting for ever larger batches
 
 
+def test_small_batches_are_all_tried_whatever_the_first_gave(device: Device) -> None:
+    per_s = {1: 100.0, 2: 99.0, 4: 98.0, 8: 150.0, 16: 140.0, 32: 140.0}
+    rate, size = best_throughput(lambda size: device.spend(size / per_s[size], 1.0), seconds=0.1)
+    assert size == 8 and rate.value == pytest.approx(150.0)
+
+
 def test_clock_counts_this_process_and_finished_children() -> None:
     start = clock.now()
     pid = os.spawnlp(os.P_WAIT, "python3", "python3", "-c", "sum(range(4_000_000))")

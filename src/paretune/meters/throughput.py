@@ -12,7 +12,7 @@ import torch
 
 from paretune.meters.reading import Reading, missing, spread
 
-ALWAYS = 8  # the batch sizes up to this one are tried however slow the model is
+ALWAYS = 8  # the batch sizes up to this one are tried however slow the model is, and whatever the ones before gave
 
 
 def best_throughput(
@@ -20,8 +20,8 @@ def best_throughput(
 ) -> tuple[Reading, int]:
     """The best throughput over batch sizes 1, 2, 4, ..., and the batch size that has it.
 
-    The search ends when two sizes in a row are no better than the best before them by `gain`, when memory is full, or, from `ALWAYS` on,
-    after `limit_s`.
+    The search ends when memory is full, or, from `ALWAYS` on, when two sizes in a row are no better than the best before them by `gain` or after
+    `limit_s`.
 
     Args:
         run: runs one batch of that many examples and returns when it is done.
@@ -35,7 +35,7 @@ def best_throughput(
     """
     best, at, poorer = missing("1/s", "one example did not fit in memory"), 0, 0
     size, until = 1, time.perf_counter() + limit_s
-    while size <= largest and poorer < 2 and (size <= ALWAYS or time.perf_counter() < until):
+    while size <= largest and (size <= ALWAYS or poorer < 2 and time.perf_counter() < until):
         try:
             rates = _rates(run, size, seconds)
         except (MemoryError, torch.OutOfMemoryError):
