@@ -485,7 +485,7 @@ def test_t6_an_export_that_fails_leaves_the_run_and_no_half_of_a_folder(tmp_path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     saved(adapted(), tmp_path / "run" / "model")
-    run = store.Run(tmp_path / "run", {"backbone": str(tmp_path), "task_definition": work.text_task().define(), "loads_with": "paretune"})
+    run = store.Run(tmp_path / "run", {"id": "a-run", "backbone": str(tmp_path), "task_definition": work.text_task().define(), "loads_with": "paretune"})
     before = {path: path.read_bytes() for path in run.model.iterdir()}
     with pytest.raises(Incompatible, match="hf"):
         exports.write(run, tmp_path / "to", to="gguf")
