@@ -272,7 +272,7 @@ on up to {TRAIN:,} texts; all rows of a task and seed start from the same fine-t
 opening the model reads. Peak memory is what opening it and answering {SAMPLE} texts, one at a time, adds to a process of its own whose libraries are loaded. Times are
 of one process in which all models of a task took turns, tokenizing apart; the best batch is that of {BATCHES} with most texts a second; the A/A control
 is how far two measurements of one model differ.
-"Refused": `paretune export` wrote no graph, since its answers to the run's kept test rows differed from the model's by more than is tolerated; such a row counts for no
+"Refused": `paretune export` wrote no graph, since its answers to test rows differed from the model's by more than is tolerated; such a row counts for no
 target.
 
 ## Targets
