@@ -9,6 +9,7 @@ way is what onnxruntime gives alone: torch's graph, its own `quantize_dynamic`, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import tempfile
@@ -34,11 +35,19 @@ class Way:
     fused: bool = False  # sum and layer norm, by onnxruntime
     spins: str = "within a call"  # or "always", "never"
     own: bool = False  # onnxruntime's own integers
+    joined: bool = True  # heads, side by side for attention
+    threads: int | None = None  # None: as many as torch has
+
+    @property
+    def file(self) -> tuple[Any, ...]:
+        """What of it is in the file."""
+        return self.opset, self.own, self.joined
 
 
 WAYS = {
-    "paretune": Way(), "paretune, again": Way(), "attention in single operators": Way(opset=BEFORE), "sum and layer norm as one operator": Way(fused=True),
-    "threads that never spin": Way(spins="never"), "threads that spin between calls, too": Way(spins="always"),
+    "paretune": Way(), "paretune, again": Way(), "attention in single operators": Way(opset=BEFORE), "heads moved apart": Way(joined=False),
+    "sum and layer norm as one operator": Way(fused=True),
+    "threads that never spin": Way(spins="never"), "threads that spin between calls, too": Way(spins="always"), "one thread": Way(threads=1),
     "onnxruntime alone": Way(opset=BEFORE, fused=True, spins="always", own=True),
 }  # fmt: skip
 FORMS = {"float": "full", "int8": "full | int8"}
@@ -53,11 +62,11 @@ def measured(rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         given = data.task("sst2", train=600, validation=50, test=200)
         for form, recipe in FORMS.items():
-            kinds = {(way.opset, way.own): way for way in WAYS.values()}
+            kinds = {way.file: way for way in WAYS.values()}
             graphs = {kind: graph(way, form, given, Path(folder) / f"{form}-{i}", recipe) for i, (kind, way) in enumerate(kinds.items())}
             for i in range(rounds):
                 for name, way in list(WAYS.items())[:: -1 if i % 2 else 1]:
-                    found[form][name].append(timed(way, graphs[way.opset, way.own], torch.get_num_threads()))
+                    found[form][name].append(timed(way, graphs[way.file], way.threads or torch.get_num_threads()))
     return {"threads": torch.get_num_threads(), "ways": found}
 
 
@@ -65,7 +74,8 @@ def graph(way: Way, form: str, given: Any, folder: Path, recipe: str) -> Path:
     """The file of a way's graph, checked against its model."""
     own = way.own and form == "int8"
     made = data.finished("full" if own else recipe, given, out=str(folder.parent / "runs"), epochs=1)
-    with mock.patch.object(onnx_files, "OPSET", way.opset):
+    as_moved = contextlib.nullcontext() if way.joined else mock.patch.object(onnx_files, "_join_heads")
+    with mock.patch.object(onnx_files, "OPSET", way.opset), as_moved:
         return opened.prepare("onnxruntime int8" if own else "onnx", made, folder) / onnx_files.GRAPH
 
 
@@ -116,9 +126,9 @@ def page(found: dict[str, Any]) -> str:
 
 MiniLM on SST-2, texts of {TOKENS} tokens, {found["threads"]} threads of {found["environment"].get("cpu")}. Medians of {count} rounds, each way in a session of its own in
 each round; in brackets times as long as "{FIRST}" of the same round (the middle, and half of the rounds between the two), whose second row is the A/A control.
-"{FIRST}" is what `export --to onnx` writes and `predict` and `measure` run: attention as one operator (opset {onnx_files.OPSET}; torch's own choice is {BEFORE}), sum and
-layer norm as two (onnxruntime makes one of them, `{onnx_files.SLOWER[0]}`), and threads that spin within a call and sleep after it. Each further row changes one
-of these; "onnxruntime alone" is torch's graph with its `quantize_dynamic` (float: as it is) and its defaults.
+"{FIRST}" is what `export --to onnx` writes and `predict` and `measure` run: attention as one operator (opset {onnx_files.OPSET}; torch's own choice is {BEFORE}) that
+takes the heads side by side, sum and layer norm as two (onnxruntime makes one of them, `{onnx_files.SLOWER[0]}`), and threads that spin within a call and sleep
+after it. Each further row changes one of these; "onnxruntime alone" is torch's graph with its `quantize_dynamic` (float: as it is) and its defaults.
 
 {(chr(10) * 2).join(tables)}
 

@@ -70,6 +70,7 @@ def write(model: nn.Module, task: Task, *, folder: Path, name: str, merge: bool 
     with _hushed():
         made = _trace(model, task, name=name)
         _quantize(made.model, maps)
+        _join_heads(made.model)
         _save(made, folder / GRAPH, large=_large(model))
     runner = Runner(folder, processor, model.config)
     parity = answers.beside(Answers.of(runner, task), task, form=form, notes=notes)
@@ -204,6 +205,53 @@ def _product(tape: Any, x: ir.Value, module: PackedLinear, *, name: str) -> ir.V
     grid = [constant("step", np.float32(step)), constant("zero", np.uint8(round(-span[0] / step)))]
     floats = tape.op("DequantizeLinear", [tape.op("QuantizeLinear", [x, *grid]), *grid])
     return tape.op("MatMul", [floats, tape.op("DequantizeLinear", [codes, scales, zeros], {"axis": 1})])
+
+
+def _join_heads(graph: ir.Model) -> None:
+    """Gives attention its queries, keys and values with the heads side by side, (B, N, H·D), wherever they were only moved apart for it, and back after it.
+
+    The operator splits them itself, without a copy; the numbers stay the same to the last bit.
+    """
+    import onnx_ir as ir
+    from onnx_ir.convenience import replace_all_uses_with
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    for node in [node for node in graph.graph if node.op_type == "Attention"]:
+        apart = [_split(value) for value in node.inputs[:3]]
+        joined = _joined(node.outputs[0])
+        if joined is None or None in apart:
+            continue
+        for i, split in enumerate(apart):
+            node.replace_input_with(i, split.inputs[0])
+        queries, keys = (split.outputs[0].shape[2] for split in apart[:2])
+        node.attributes.add(ir.AttrInt64("q_num_heads", queries))
+        node.attributes.add(ir.AttrInt64("kv_num_heads", keys))
+        node.outputs[0].shape = joined.shape
+        replace_all_uses_with(joined, node.outputs[0])
+    RemoveUnusedNodesPass()(graph)
+
+
+def _split(value: ir.Value) -> ir.Node | None:
+    """The Reshape (B, N, H·D) to (B, N, H, D), H known, that a value (B, H, N, D) was transposed from."""
+    moved = value.producer()
+    split = moved.inputs[0].producer() if moved and _swaps(moved) else None
+    known = split and split.op_type == "Reshape" and len(split.inputs[0].shape) == 3 and isinstance(split.outputs[0].shape[2], int)
+    return split if known else None
+
+
+def _joined(value: ir.Value) -> ir.Value | None:
+    """What becomes of a value (B, H, N, D), and of nothing else made from it: (B, N, H·D)."""
+    for step in (_swaps, lambda node: node.op_type == "Reshape"):
+        users = list(value.consumers())
+        if len(users) != 1 or not step(users[0]):
+            return None
+        value = users[0].outputs[0]
+    return value if len(value.shape) == 3 else None
+
+
+def _swaps(node: ir.Node) -> bool:
+    """Does it exchange the second and the third of four axes?"""
+    return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [0, 2, 1, 3]
 
 
 @contextlib.contextmanager

@@ -101,6 +101,15 @@ def initializers(folder):
     return graph.node, {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
 
 
+def test_heads_are_not_moved_apart_for_attention_and_no_number_changes_by_it(finished, exported, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_files, "_join_heads", lambda graph: None)
+        apart = flow.export(finished(INT8), tmp_path / "apart", to="onnx")
+    moved = {folder: sum(n.op_type == "Transpose" for n in initializers(folder)[0]) for folder in (exported(INT8), apart)}
+    assert moved == {exported(INT8): 0, apart: 4 * 2}, "queries, keys, values and what comes out, of two layers"
+    assert store.Run.read(exported(INT8)).predict(NEW) == store.Run.read(apart).predict(NEW)
+
+
 def test_a_graph_has_adapters_merged_unless_they_are_kept(finished, exported, tmp_path):
     kept = flow.export(finished(FLOAT), tmp_path / "kept", to="onnx", keep_adapters=True)
     products = {folder: sum(n.op_type in ("MatMul", "Gemm") for n in initializers(folder)[0]) for folder in (exported(FLOAT), kept)}
