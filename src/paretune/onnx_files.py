@@ -71,6 +71,7 @@ def write(model: nn.Module, task: Task, *, folder: Path, name: str, merge: bool 
         made = _trace(model, task, name=name)
         _quantize(made.model, maps)
         _join_heads(made.model)
+        _spread_angles(made.model)
         _save(made, folder / GRAPH, large=_large(model))
     runner = Runner(folder, processor, model.config)
     parity = answers.beside(Answers.of(runner, task), task, form=form, notes=notes)
@@ -252,6 +253,20 @@ def _joined(value: ir.Value) -> ir.Value | None:
 def _swaps(node: ir.Node) -> bool:
     """Does it exchange the second and the third of four axes?"""
     return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [0, 2, 1, 3]
+
+
+def _spread_angles(graph: ir.Model) -> None:
+    """Gives rotary embeddings their cosines and sines (1, N, D/2) for each row of a batch: the operator that the exporter writes does not broadcast them."""
+    import onnx_ir as ir
+    from onnx_ir.tape import Tape
+
+    for node in [node for node in graph.graph if node.op_type == "RotaryEmbedding" and len(node.inputs) == 3]:
+        tape = Tape(graph.graph)
+        ones = tape.initializer(ir.tensor(np.ones(2, np.int64), name=f"{node.name}.ones"))
+        rows = tape.op("Concat", [tape.op("Shape", [node.inputs[0]], {"start": 0, "end": 1}), ones], {"axis": 0})  # (B, 1, 1)
+        for i in (1, 2):
+            node.replace_input_with(i, tape.op("Expand", [node.inputs[i], rows]))
+        graph.graph.insert_before(node, tape.nodes)
 
 
 @contextlib.contextmanager

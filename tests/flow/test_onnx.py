@@ -266,6 +266,14 @@ def test_room_and_packages_are_asked_for_first(finished, tmp_path, monkeypatch):
 @pytest.mark.parametrize("recipe", [None, "int8"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family_has_a_graph(family, recipe, tmp_path):
+    has_a_graph(family, recipe, tmp_path)
+
+
+def test_rotary_embeddings_have_a_graph_for_any_number_of_rows(tmp_path):
+    has_a_graph("llama", "int8", tmp_path)
+
+
+def has_a_graph(family, recipe, tmp_path):
     import work
 
     model = work.ready(family).eval()
