@@ -31,7 +31,7 @@ TOKENS = (1, 8, 32, 128, 512)  # what is timed; another count takes the choice o
 BORDERS = [math.sqrt(a * b) for a, b in zip(TOKENS, TOKENS[1:], strict=False)]
 WORTH = 0.95  # a way other than the first must take less than this share of the first one's time
 SMALLEST = 2**14  # weights of a map that is worth a probe
-ROUNDS = 5
+ROUNDS = 15
 LIMIT_S = 0.05  # of all rounds but the first, for one count of tokens
 FAR = 2.0  # a way that took so many times as long as the fastest is not tried again
 SWEEP = 2**20  # floats, 4 MB: more than the caches of one core hold

@@ -41,6 +41,7 @@ def calibrate(model: nn.Module, batches: Sequence[dict[str, Tensor]], *, kind: A
     for m in maps:
         if m in spans:
             m.range.copy_(spans[m] if rule == "minmax" else clipped(counts[m], spans[m], rule=rule))
+            m.forget()  # what was kept of the range before
 
 
 def watch(model: nn.Module, maps: Sequence[PackedLinear], *, see: Callable[[PackedLinear, Tensor], None], batches: Sequence[Any], kind: Any) -> None:

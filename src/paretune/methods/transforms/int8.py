@@ -100,7 +100,7 @@ class Int8(Packing):
     def ways(self, module: PackedLinear, dtype: torch.dtype) -> dict[str, Way]:
         if not levels_here():
             return super().ways(module, dtype)
-        product = self._static if self.mode == "static" and bool(module.range.any()) else self._dynamic  # until its examples are read, by token
+        product = self._static if self.mode == "static" and module.kept("grid", lambda: _grid(module)) else self._dynamic  # until its examples are read, by token
         return {"codes": lambda x: product(module, x.float()).to(dtype), "bf16 copy": lambda x: _by_copy(module, x)}
 
     def _dynamic(self, module: PackedLinear, x: Tensor) -> Tensor:
@@ -115,10 +115,8 @@ class Int8(Packing):
     def _static(self, module: PackedLinear, x: Tensor) -> Tensor:
         """y (..., O) of x (..., I) with the range that examples gave."""
         weight, _, bias = module.kept("codes", lambda: _prepared(module))
-        low, high = module.range.tolist()
-        scale = max((high - low) / levels_here(), TINY)
-        zero = round(-low / scale)
-        codes = torch.add(torch.tensor(zero + 0.5), x, alpha=1 / scale).clamp_(0, levels_here())  # the conversion cuts off, so this rounds
+        scale, zero, start = module.kept("grid", lambda: _grid(module))
+        codes = torch.add(start, x, alpha=1 / scale).clamp_(0, levels_here())  # the conversion cuts off, so this rounds
         return _multiply(codes.to(torch.uint8), *weight, scale=scale, zero=zero, bias=bias)
 
 
@@ -130,10 +128,18 @@ def _prepared(module: PackedLinear) -> Any:
     return (torch.ops.onednn.qlinear_prepack(codes, None), scales, zeros), scales * codes.sum(1), bias
 
 
+def _grid(module: PackedLinear) -> tuple[float, int, Tensor] | None:
+    """s, z, and z + ½ of the range that examples gave; None until they have."""
+    low, high = module.range.tolist()
+    scale = max((high - low) / levels_here(), TINY)
+    zero = round(-low / scale)
+    return (scale, zero, torch.tensor(zero + 0.5)) if low or high else None
+
+
 def _by_copy(module: PackedLinear, x: Tensor) -> Tensor:
     """y (..., O) by the weights that the codes stand for, kept in bf16: 2 bytes a weight of memory, and nothing in the file."""
-    weight = module.kept("bf16 copy", lambda: module.dequantized().bfloat16())
-    return F.linear(x.bfloat16(), weight, None if module.bias is None else module.bias.bfloat16()).to(x.dtype)
+    weight, bias = module.kept("bf16 copy", lambda: (module.dequantized().bfloat16(), None if module.bias is None else module.bias.bfloat16()))
+    return F.linear(x.bfloat16(), weight, bias).to(x.dtype)
 
 
 def _multiply(codes: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, *, scale: float = 1.0, zero: int = 0, bias: Tensor | None = None) -> Tensor:
