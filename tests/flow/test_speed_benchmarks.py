@@ -99,6 +99,7 @@ def test_growth_is_judged_beside_the_model_itself(written):
 def test_the_readme_says_what_the_contest_found():
     said = " ".join((cells.ROOT / "README.md").read_text().split())
     assert contest.sentence(contest.TABLE) in said
+    assert shrinking.sentence() in said
 
 
 def _shrunk(written, *, refused=(), thin_ms=1.0):
