@@ -1,4 +1,4 @@
-"""What adapters that stay apart cost at each answer, and how much faster many rows can be answered.
+"""What adapters that stay apart cost at each answer, what memory that stays between answers saves, and how much faster many rows can be answered.
 
     python -m benchmarks.serving [--rounds 7]
 
@@ -9,6 +9,7 @@ folder of data sets (`benchmarks/data.py`) and, for graphs, `paretune[onnx]`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import tempfile
 import time
@@ -21,16 +22,19 @@ import paretune as pt
 from benchmarks import cells, data
 from benchmarks.cells import Timing
 from paretune import inference, serving
+from paretune.meters import memory
 
 RECIPES = ("lora(r=8)", 'lora(r=8, targets="query value")', "lora(r=64)", "ia3")
 BATCHES = {1: 200, 32: 10}  # texts at a time, and how many times in a round
+FORMATS = {"fp32": None, "bf16": "cast", "int8": "int8", "int8 between bf16": "cast | int8"}  # of the merged model
+STAYS, GOES = "stays", "goes back"
 MERGED, AGAIN, SAVED = "merged", "merged, again", "as saved"
 ROWS = 1000
 
 
 def measured(rounds: int) -> dict[str, Any]:
     """CPU seconds of one answer and of many."""
-    return {"threads": torch.get_num_threads(), "unmerged": unmerged(rounds), "many": many(rounds)}
+    return {"threads": torch.get_num_threads(), "unmerged": unmerged(rounds), "kept": kept(rounds), "many": many(rounds)}
 
 
 def unmerged(rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -47,6 +51,26 @@ def _bench(recipe: str, given: Any, *, merged: bool) -> inference.Bench:
         if "paretune" in name:
             torch.nn.init.normal_(parameter, std=0.01)  # as if it had learned
     return inference.Bench(pt.shrink(model, pt.Merge()) if merged else model, given)
+
+
+def kept(rounds: int) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """CPU seconds of an answer by format and batch, where freed memory stays for the next answer and where glibc does with it as it does."""
+    given, found = data.task("sst2", train=8, validation=1, test=200), {}
+    for name, recipe in FORMATS.items():
+        model = pt.load("minilm", given).eval().requires_grad_(False)
+        bench = inference.Bench(pt.shrink(model, recipe) if recipe else model, given)
+        for batch, times in BATCHES.items():
+            call = functools.partial(_repeated, bench.one if batch == 1 else bench.many(batch), times)
+            ways = {STAYS: functools.partial(call, memory.kept_between_calls), GOES: functools.partial(call, contextlib.nullcontext)}
+            taken = _timed(ways, rounds, 1)
+            found.setdefault(name, {})[str(batch)] = {way: [s / times for s in seconds] for way, seconds in taken.items()}
+    return found
+
+
+def _repeated(call: Callable[[], Any], times: int, around: Callable[[], Any]) -> None:
+    with around():
+        for _ in range(times):
+            call()
 
 
 def _timed(ways: dict[str, Callable[[], Any]], rounds: int, times: int) -> dict[str, list[float]]:
@@ -82,6 +106,7 @@ def page(found: dict[str, Any]) -> str:
     for name in (MERGED, AGAIN, *RECIPES):
         shown = [f"{1e3 * statistics.median(times[name]):.2f} ({_ratio(times, name, MERGED)})" for times in found["unmerged"].values()]
         rows.append([name if name in (MERGED, AGAIN) else f"`{name}`", *shown])
+    stays = [[name, *(f"{1e3 * statistics.median(times[STAYS]):.2f} ({_ratio(times, GOES, STAYS)})" for times in by.values())] for name, by in found["kept"].items()]
     times = found["many"]["cpu_s"]
     faster = [[name, f"{ROWS / statistics.median(times[name]):,.0f}", _ratio(times, SAVED, name), f"{found['many']['alike'][name]:,} of {ROWS:,}"] for name in times]
     return f"""# Answers: adapters left on, and many rows
@@ -94,6 +119,14 @@ Milliseconds of CPU time of a call, and times as much as with `{RECIPES[0]}` mer
 (`--to hf` and `--to onnx`, where an adapter can be merged); several adapters on one backbone, or one to be switched off, stay apart (`--keep-adapters`).
 
 {cells.markdown(["adapter", *(f"{n} at a time" for n in BATCHES)], rows)}
+
+## Memory that stays between answers
+
+What a batch lets go, the next one asks for again. glibc gives the end of its heap back in between, and the kernel makes the pages anew; `paretune predict`,
+`measure` and evaluations keep it until they end. CPU milliseconds of a call of the backbone with a head, and how many times as many it takes where
+the memory goes back. A server of your own keeps it with `MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=33554432` in its environment.
+
+{cells.markdown(["weights", *(f"{n} at a time" for n in BATCHES)], stays)}
 
 ## Many rows
 

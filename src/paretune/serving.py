@@ -23,6 +23,7 @@ from torch import nn
 
 from paretune import onnx_files, store, training
 from paretune.errors import ParetuneError
+from paretune.meters import memory
 from paretune.step import probe
 from paretune.tasks import Task
 from paretune.weights.packed import Packed
@@ -52,6 +53,10 @@ class Server(contextlib.AbstractContextManager):
         self._answer, self._ways, self._told, self._clock = answer, list(ways) if told else [], told, clock  # never a silent change
         self._rows, self._spent_s = 0, 0.0
         self._entered = contextlib.ExitStack()
+
+    def __enter__(self) -> Server:
+        self._entered.enter_context(memory.kept_between_calls())
+        return self
 
     def __exit__(self, *error: Any) -> None:
         self._entered.close()

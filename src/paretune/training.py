@@ -6,6 +6,7 @@ Order of the events in one phase:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -121,7 +122,7 @@ class Loop:
         self.total = sum(self.per_epoch)
         together.part_ways()
         cursor = checkpoints.restore(self)
-        with memory.kept_for_steps(), probe.paced(self.model, shards.held(self), dropout=self.schedule.dropout):
+        with memory.kept_between_calls(), probe.paced(self.model, shards.held(self), dropout=self.schedule.dropout):
             self.features = features.Features(self, encode(self.task, self.task.validation[: watched_of(self.task)], model=self.model))
             self.split = self.features.train
             if not self.settings.shard and all(type(events).loss is Events.loss for events in self.events):
@@ -329,8 +330,9 @@ def read(
     found: list[Any] = [None] * len(encodings)  # language modeling has blocks, not rows
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    with torch.inference_mode(), probe.autocast(pace):
-        together = batches.by_length(lengths, batch)
+    together = batches.by_length(lengths, batch)
+    keeping = memory.kept_between_calls() if len(together) > 1 else contextlib.nullcontext()
+    with keeping, torch.inference_mode(), probe.autocast(pace):
         for indices in [part for whole in together for part in batches.parts(whole, lengths)] if device.type == "cpu" else together:
             width = batches.width([lengths[i] for i in indices], most=most)
             inputs = _to_device(task.kind.collate([encodings[i] for i in indices], _processor(model), width=width), device)

@@ -43,8 +43,9 @@ def faults(n=5):
 
 step()  # torch's own first use
 with {outer}:
-    with memory.kept_for_steps():
-        step()
+    with memory.kept_between_calls():
+        with memory.kept_between_calls():
+            step()
         inside, held = faults(), psutil.Process().memory_info().rss
 after = psutil.Process().memory_info().rss
 print(inside, held - after, faults())
@@ -69,3 +70,24 @@ def test_what_a_step_lets_go_is_there_for_the_next_and_goes_back_afterwards():
 def test_within_a_limit_nothing_is_kept():
     inside, given_back, _ = faults("memory.given_back_at_once()")
     assert inside > 0.5 * 5 * 200 * 2**20 // 4096 and given_back < 10 * 2**20
+
+
+MEASURED = """
+import resource, torch
+from paretune.meters import protocol
+
+calls = []
+
+def answer():
+    calls.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    tensors = [torch.ones(256, 1024) for _ in range(20)]  # 1 MiB each
+
+protocol.measure({"model": answer}, protocol=protocol.Protocol("brief", 0.2, 50, 2, 0.1, 0.1, 0.0, False, False))
+print((calls[-1] - calls[10]) / (len(calls) - 11))
+"""
+
+
+@pytest.mark.skipif(not GLIBC, reason="mallopt is glibc's")
+def test_an_answer_is_timed_with_the_memory_of_the_one_before():
+    done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.05 * 20 * 2**20 // 4096

@@ -25,6 +25,8 @@ UNFINISHED = "the saved model does not work in a fresh process"  # how the reaso
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt: how much may lie free at the heap's end; from how many bytes on a block has pages of its own
 AT_ONCE_B, KEPT_B, NEVER_B = 128 * 1024, 32 * 1024 * 1024, 2**31 - 1
 _AT_ONCE = threading.Event()  # is memory given back at once?
+_LOCK = threading.Lock()
+_KEEPING: list[None] = []  # one for each `kept_between_calls` that is not over
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -165,21 +167,26 @@ def given_back_at_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept_for_steps() -> Iterator[None]:
-    """Memory let go inside the block stays for the next step, which asks for as much; afterwards what is free goes back. Not inside `given_back_at_once`.
+def kept_between_calls() -> Iterator[None]:
+    """Memory that a step, or an answer, lets go stays for the next, which asks for as much; what is free goes back where the outermost such block ends.
 
-    Else glibc gives the heap's end back at each step's end, and the kernel makes its pages anew.
+    Else glibc gives the heap's end back after each call, and the kernel makes its pages anew. Inside `given_back_at_once` nothing is kept.
     """
     if _AT_ONCE.is_set():
         yield
         return
-    _glibc("mallopt", _TRIM_THRESHOLD, NEVER_B)
-    _glibc("mallopt", _MMAP_THRESHOLD, KEPT_B)
+    with _LOCK:
+        _KEEPING.append(None)
+        _glibc("mallopt", _TRIM_THRESHOLD, NEVER_B)
+        _glibc("mallopt", _MMAP_THRESHOLD, KEPT_B)
     try:
         yield
     finally:
-        _as_ever()
-        give_back()
+        with _LOCK:
+            _KEEPING.pop()
+            if not _KEEPING:
+                _as_ever()
+                give_back()
 
 
 def _as_ever() -> None:

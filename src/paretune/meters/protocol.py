@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from paretune.errors import MeterError
-from paretune.meters import clock
+from paretune.meters import clock, memory
 from paretune.meters.clock import Moment
 from paretune.meters.meter import Meter, NoMeter
 from paretune.meters.reading import Reading, missing, spread
@@ -108,10 +108,11 @@ def measure(
     if not models:
         raise MeterError("there is no model to measure: give one at least")
     meter = meter or NoMeter("no energy meter was asked for")
-    for call in models.values():
-        warm(call, limit_s=protocol.warm_s)
-    aa_wall, aa_cpu = same_against_same(next(iter(models.values())))
-    windows, idles = _take(models, meter, protocol, seed, progress)
+    with memory.kept_between_calls():
+        for call in models.values():
+            warm(call, limit_s=protocol.warm_s)
+        aa_wall, aa_cpu = same_against_same(next(iter(models.values())))
+        windows, idles = _take(models, meter, protocol, seed, progress)
     meter.settle(meter.now())
     idle = _idle_power(meter, idles)
     return {name: _timing(windows[name], idle, meter, protocol, (aa_wall, aa_cpu)) for name in models}

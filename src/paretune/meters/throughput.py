@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from paretune.meters import memory
 from paretune.meters.reading import Reading, missing, spread
 
 ALWAYS = 8  # the batch sizes up to this one are tried however slow the model is, and whatever the ones before gave
@@ -37,7 +38,8 @@ def best_throughput(
     size, until = 1, time.perf_counter() + limit_s
     while size <= largest and (size <= ALWAYS or poorer < 2 and time.perf_counter() < until):
         try:
-            rates = _rates(run, size, seconds)
+            with memory.kept_between_calls():
+                rates = _rates(run, size, seconds)
         except (MemoryError, torch.OutOfMemoryError):
             break
         rate = statistics.median(rates)
