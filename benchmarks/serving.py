@@ -9,7 +9,7 @@ folder of data sets (`benchmarks/data.py`) and, for graphs, `paretune[onnx]`.
 from __future__ import annotations
 
 import contextlib
-import functools
+import itertools
 import statistics
 import tempfile
 import time
@@ -34,7 +34,7 @@ ROWS = 1000
 
 def measured(rounds: int) -> dict[str, Any]:
     """CPU seconds of one answer and of many."""
-    return {"threads": torch.get_num_threads(), "unmerged": unmerged(rounds), "kept": kept(rounds), "many": many(rounds)}
+    return {"threads": torch.get_num_threads(), "unmerged": unmerged(rounds), "kept": kept((rounds + 1) // 2), "many": many(rounds)}
 
 
 def unmerged(rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -54,23 +54,22 @@ def _bench(recipe: str, given: Any, *, merged: bool) -> inference.Bench:
 
 
 def kept(rounds: int) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """CPU seconds of an answer by format and batch, where freed memory stays for the next answer and where glibc does with it as it does."""
-    given, found = data.task("sst2", train=8, validation=1, test=200), {}
-    for name, recipe in FORMATS.items():
-        model = pt.load("minilm", given).eval().requires_grad_(False)
-        bench = inference.Bench(pt.shrink(model, recipe) if recipe else model, given)
-        for batch, times in BATCHES.items():
-            call = functools.partial(_repeated, bench.one if batch == 1 else bench.many(batch), times)
-            ways = {STAYS: functools.partial(call, memory.kept_between_calls), GOES: functools.partial(call, contextlib.nullcontext)}
-            taken = _timed(ways, rounds, 1)
-            found.setdefault(name, {})[str(batch)] = {way: [s / times for s in seconds] for way, seconds in taken.items()}
+    """CPU seconds of an answer by format, batch and what becomes of freed memory, each time in a process of its own: glibc's rule learns from what was freed before."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {name: {str(n): {STAYS: [], GOES: []} for n in BATCHES} for name in FORMATS}
+    for i in range(rounds):
+        for name, way in list(itertools.product(FORMATS, (STAYS, GOES)))[:: 1 if i % 2 else -1]:
+            for batch, seconds in cells.fresh(_answers, name, way).items():
+                found[name][batch][way].append(seconds)
     return found
 
 
-def _repeated(call: Callable[[], Any], times: int, around: Callable[[], Any]) -> None:
-    with around():
-        for _ in range(times):
-            call()
+def _answers(name: str, way: str) -> dict[str, float]:
+    """CPU seconds of an answer by batch, in this process."""
+    given, recipe = data.task("sst2", train=8, validation=1, test=200), FORMATS[name]
+    model = pt.load("minilm", given).eval().requires_grad_(False)
+    bench = inference.Bench(pt.shrink(model, recipe) if recipe else model, given)
+    with memory.kept_between_calls() if way == STAYS else contextlib.nullcontext():
+        return {str(n): _timed({"": bench.one if n == 1 else bench.many(n)}, 1, times)[""][0] for n, times in BATCHES.items()}
 
 
 def _timed(ways: dict[str, Callable[[], Any]], rounds: int, times: int) -> dict[str, list[float]]:
@@ -122,9 +121,10 @@ Milliseconds of CPU time of a call, and times as much as with `{RECIPES[0]}` mer
 
 ## Memory that stays between answers
 
-What a batch lets go, the next one asks for again. glibc gives the end of its heap back in between, and the kernel makes the pages anew; `paretune predict`,
-`measure` and evaluations keep it until they end. CPU milliseconds of a call of the backbone with a head, and how many times as many it takes where
-the memory goes back. A server of your own keeps it with `MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=33554432` in its environment.
+What a batch lets go, the next one asks for again. glibc gives the end of its heap back in between, by a rule that learns from what was freed before, and the kernel
+makes the pages anew; `paretune predict`, `measure` and evaluations keep it until they end. CPU milliseconds of a call of the backbone with a head, and how many
+times as many it takes without that, each in {len(found["kept"]["fp32"]["1"][STAYS])} processes of its own. (Where a format times its kernels first, glibc has learned from
+that.)
 
 {cells.markdown(["weights", *(f"{n} at a time" for n in BATCHES)], stays)}
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _python_dispatch
 
+from paretune.meters import memory
+
 if TYPE_CHECKING:
     from paretune.weights.packed import PackedLinear, Packing
 
@@ -121,7 +123,7 @@ def _fastest(times: dict[str, float]) -> str:
 def _times(module: PackedLinear, dtype: torch.dtype, tokens: int, *, beside: dict[str, Way] | None = None) -> dict[str, float]:
     """The least seconds of each way for so many tokens, in turn, and of other maps beside them."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # other processes disturb CPU time less, and one thread's is the whole
-    with torch.inference_mode(False), torch.no_grad():  # what a way keeps may be used outside inference mode, too
+    with memory.kept_between_calls(), torch.inference_mode(False), torch.no_grad():  # what a way keeps may be used outside inference mode, too
         sweep = torch.zeros(SWEEP)
         x = torch.linspace(-3, 3, tokens * module.in_features).view(tokens, module.in_features).to(dtype)
         ways = {**module.method.ways(module, dtype), **(beside or {})}
