@@ -123,8 +123,8 @@ Milliseconds of CPU time of a call, and times as much as with `{RECIPES[0]}` mer
 
 What a batch lets go, the next one asks for again. glibc gives the end of its heap back in between, by a rule that learns from what was freed before, and the kernel
 makes the pages anew; `paretune predict`, `measure` and evaluations keep it until they end. CPU milliseconds of a call of the backbone with a head, and how many
-times as many it takes without that, each in {len(found["kept"]["fp32"]["1"][STAYS])} processes of its own. (Where a format times its kernels first, glibc has learned from
-that.)
+times as many it takes without that, each in {len(found["kept"]["fp32"]["1"][STAYS])} processes of its own. (Where a format times its kernels first, glibc has learned
+from that.)
 
 {cells.markdown(["weights", *(f"{n} at a time" for n in BATCHES)], stays)}
 

@@ -219,7 +219,7 @@ def sentence() -> str:
 
     def spread(who: str, field: str) -> str:
         found = [r[field] for r in known[who] if r]
-        return f"{min(found):.1f} to {max(found):.1f}"
+        return " to ".join(dict.fromkeys((f"{min(found):.1f}", f"{max(found):.1f}")))
 
     recipe, form = ROWS[name]
     return (f"`{recipe}`{' as an ONNX graph' if form == 'onnx' else ''} answers one text {spread(name, 'faster')} times as fast as full fine-tuning in fp32 on SST-2, "
