@@ -35,6 +35,7 @@ class Parity:
     score: float
     model_score: float
     notes: tuple[str, ...] = ()  # how the export's numbers differ from the run's
+    held: int | None = None  # the first of the rows, whose logits were compared, where they are not all
 
     def check(self, name: str) -> None:
         """Refuses an export that answers otherwise than its model.
@@ -42,11 +43,12 @@ class Parity:
         Raises:
             Incompatible: with the figures and what was tolerated.
         """
-        apart = abs(self.score - self.model_score)
+        apart, held = abs(self.score - self.model_score), f" (of the first {self.held})" if self.held else ""
         if not self.drift <= DRIFT[self.form] or not apart <= SCORE * max(1.0, abs(self.model_score)) + ROUNDING:
             raise Incompatible(
                 f"{name}: the {TITLES[self.form]} answers otherwise than the model: on {self.rows} test rows it scores {self.score:.4f}, "
-                f"not {self.model_score:.4f} (tolerated {SCORE:g}), and its logits are off by {self.drift:.2g} (tolerated {DRIFT[self.form]:g}); "
+                f"not {self.model_score:.4f} (tolerated {SCORE:g}), and its logits{held} are off by {self.drift:.2g} "
+                f"(tolerated {DRIFT[self.form]:g}); "
                 f"{'; '.join((*self.notes, 'nothing was written'))}, export with {INSTEAD.get(self.form, '--to hf')}"
             )
 
@@ -68,7 +70,8 @@ class Answers:
         """How far an export's answers are from these."""
         z, again = (torch.cat([t.flatten() for t in found.logits]) for found in (self, export))
         scores = [tasks.score(task, found.predictions, rows=task.test) for found in (export, self)]
-        return Parity(form, len(task.test), float((again - z).norm() / z.norm()), *scores, notes)
+        drift = float((again - z).norm() / z.norm())
+        return Parity(form, len(task.test), drift, *scores, notes=notes, held=HELD if len(task.test) > HELD else None)
 
 
 def require_rows(task: Task, *, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import types
@@ -16,6 +17,7 @@ import torch
 
 from paretune import exports, flow, inference, onnx_files, options, parity, runs, store, tasks
 from paretune.errors import Incompatible, StoreError
+from paretune.reports import card
 from paretune.weights import kernels
 
 ONCE = options.Options(training=options.Training(epochs=1, batch=8))
@@ -231,6 +233,13 @@ def test_no_clock_decides_what_a_graph_is_compared_with(recipe, finished, tmp_pa
 def test_a_refusal_says_what_is_otherwise_in_the_graph():
     with pytest.raises(Incompatible, match="ranges are otherwise; nothing was written"):
         parity.Parity("int8", 9, 0.2, 0.9, 0.9, notes=("ranges are otherwise",)).check("the run")
+
+
+def test_a_refusal_and_a_card_say_of_which_rows_the_logits_are():
+    with pytest.raises(Incompatible, match=r"on 1000 test rows .* its logits \(of the first 200\) are off"):
+        parity.Parity("int8", 1000, 0.2, 0.9, 0.9, held=200).check("the run")
+    (said,) = card._export(dataclasses.asdict(parity.Parity("int8", 1000, 0.1, 0.9, 0.9, held=200)))
+    assert "On 1000 test rows" in said and "its logits (of the first 200) are off" in said
 
 
 def test_what_is_tolerated_passes():

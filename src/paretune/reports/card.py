@@ -103,9 +103,10 @@ def _export(parity: Record) -> list[str]:
     notes = [f"- {_plain(note)}" for note in parity.get("notes", ())]
     if "rows" not in parity:
         return notes
+    held = f" (of the first {parity['held']})" if parity.get("held") else ""
     title = parity.get("title") or f"{parity['form']} ONNX graph"  # as records of before have it
     return [f"A {title}. On {parity['rows']} test rows it scores {parity['score']:.4f} where the model it was made from scores "
-            f"{parity['model_score']:.4f}, and its logits are off by a share of {parity['drift']:.2g}. The scores above are that model's.",
+            f"{parity['model_score']:.4f}, and its logits{held} are off by a share of {parity['drift']:.2g}. The scores above are that model's.",
             *notes]  # fmt: skip
 
 
