@@ -26,7 +26,7 @@ from paretune.meters import memory
 
 RECIPES = ("lora(r=8)", 'lora(r=8, targets="query value")', "lora(r=64)", "ia3")
 BATCHES = {1: 200, 32: 10}  # texts at a time, and how many times in a round
-FORMATS = {"fp32": None, "bf16": "cast", "int8": "int8", "int8 between bf16": "cast | int8"}  # of the merged model
+FORMATS = {"fp32": None, "bf16": "cast", "int8": "int8", "int8 between bf16": "cast | int8"}  # of the backbone
 STAYS, GOES = "stays", "goes back"
 MERGED, AGAIN, SAVED = "merged", "merged, again", "as saved"
 ROWS = 1000

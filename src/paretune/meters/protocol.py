@@ -85,6 +85,7 @@ class Timing:
         }
 
 
+@memory.kept_between_calls()
 def measure(
     models: Mapping[str, Callable[[], Any]],
     meter: Meter | None = None,
@@ -108,11 +109,10 @@ def measure(
     if not models:
         raise MeterError("there is no model to measure: give one at least")
     meter = meter or NoMeter("no energy meter was asked for")
-    with memory.kept_between_calls():
-        for call in models.values():
-            warm(call, limit_s=protocol.warm_s)
-        aa_wall, aa_cpu = same_against_same(next(iter(models.values())))
-        windows, idles = _take(models, meter, protocol, seed, progress)
+    for call in models.values():
+        warm(call, limit_s=protocol.warm_s)
+    aa_wall, aa_cpu = same_against_same(next(iter(models.values())))
+    windows, idles = _take(models, meter, protocol, seed, progress)
     meter.settle(meter.now())
     idle = _idle_power(meter, idles)
     return {name: _timing(windows[name], idle, meter, protocol, (aa_wall, aa_cpu)) for name in models}

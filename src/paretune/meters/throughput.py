@@ -16,6 +16,7 @@ from paretune.meters.reading import Reading, missing, spread
 ALWAYS = 8  # the batch sizes up to this one are tried however slow the model is, and whatever the ones before gave
 
 
+@memory.kept_between_calls()
 def best_throughput(
     run: Callable[[int], Any], *, largest: int = 256, seconds: float = 0.5, gain: float = 0.03, limit_s: float = math.inf
 ) -> tuple[Reading, int]:
@@ -38,8 +39,7 @@ def best_throughput(
     size, until = 1, time.perf_counter() + limit_s
     while size <= largest and (size <= ALWAYS or poorer < 2 and time.perf_counter() < until):
         try:
-            with memory.kept_between_calls():
-                rates = _rates(run, size, seconds)
+            rates = _rates(run, size, seconds)
         except (MemoryError, torch.OutOfMemoryError):
             break
         rate = statistics.median(rates)

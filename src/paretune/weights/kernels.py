@@ -86,11 +86,13 @@ def choices(module: PackedLinear, dtype: torch.dtype) -> tuple[str, ...]:
     if key not in _CHOSEN:
         if _python_dispatch._get_current_dispatch_mode() is not None:
             return ()
-        _CHOSEN.setdefault(key, tuple(_fastest(_times(module, dtype, n)) for n in TOKENS))
+        with memory.kept_between_calls():
+            _CHOSEN.setdefault(key, tuple(_fastest(_times(module, dtype, n)) for n in TOKENS))
         module.forget()  # what the ways keep that were not chosen
     return _CHOSEN[key]
 
 
+@memory.kept_between_calls()
 def slowdowns(method: Packing, *, shape: tuple[int, int] = (3072, 768), tokens: Sequence[int] = TOKENS) -> list[Slowdown]:
     """What a format costs here for each count of tokens, beside fp32 and bf16 maps with weights (O, I) of this shape.
 
@@ -123,7 +125,7 @@ def _fastest(times: dict[str, float]) -> str:
 def _times(module: PackedLinear, dtype: torch.dtype, tokens: int, *, beside: dict[str, Way] | None = None) -> dict[str, float]:
     """The least seconds of each way for so many tokens, in turn, and of other maps beside them."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # other processes disturb CPU time less, and one thread's is the whole
-    with memory.kept_between_calls(), torch.inference_mode(False), torch.no_grad():  # what a way keeps may be used outside inference mode, too
+    with torch.inference_mode(False), torch.no_grad():  # what a way keeps may be used outside inference mode, too
         sweep = torch.zeros(SWEEP)
         x = torch.linspace(-3, 3, tokens * module.in_features).view(tokens, module.in_features).to(dtype)
         ways = {**module.method.ways(module, dtype), **(beside or {})}
