@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import cells, growth
 
 WINDOW = 256
-LENGTHS = (128, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (128, 256, 384, 512, 640, 1024, 2048, 4096, 8192, 16384)
 STEPS = LENGTHS[:-1]
 HEADS, SIZE = 4, 64
 PLAIN, AGAIN, LONGFORMER, CHUNKS = "all pairs", "all pairs, again", "longformer", "chunks"
@@ -122,9 +122,10 @@ def attentions(n: int, backward: bool) -> Iterator[tuple[str, Callable[[], Any]]
     def dense(mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal).transpose(1, 2).contiguous()
 
+    call, below, method = Call(torch.nn.Identity(), "sdpa", query, query, key, value, None, {}), windows.crossover(WINDOW), Longformer(window=WINDOW)
+
     def as_used(band: Band) -> None:
-        call = Call(torch.nn.Identity(), "sdpa", query, query, key, value, None, {})
-        out, _ = windows.attention(lambda c: (dense(c.mask), None), call, bands=[band], dense_below=windows.crossover(WINDOW), by=Longformer(window=WINDOW))
+        out, _ = windows.attention(lambda c: (dense(c.mask), None), call, bands=[band], dense_below=below, by=method)
         done(out)
 
     yield PLAIN, lambda: done(dense())

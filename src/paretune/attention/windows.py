@@ -4,7 +4,7 @@
 
 Queries are taken in chunks of c. A chunk reads the m = ⌈w/c⌉ blocks of c keys on each side of its own: overlapping views of
 one tensor, without a copy, given to torch's fused attention as one batch, the chunks before and behind them as two small
-calls. Dilation d is d such bands, over every d-th token. The g global keys stand once behind each block, so that the views
+calls; where no chunk has all its blocks, half chunks are calls of their own. Dilation d is d such bands, over every d-th token. The g global keys stand once behind each block, so that the views
 hold them. On a CUDA device torch's FlexAttention computes the same band by blocks of keys. Beltagy et al. 2020,
 arXiv:2004.05150, section 3.1.
 
@@ -30,7 +30,7 @@ from paretune.roles import Method
 
 CHUNK = (64, 256)  # fewest and most queries of a chunk: 128 and 256 tie on a CPU, 64 and 512 are slower at 16,384 tokens
 HIDDEN = -1  # in the place of a key's position: not to be seen here
-LENGTHS = (2, 3, 4, 6, 8)  # in windows: where the probe looks for the crossover
+LENGTHS = (2, 2.5, 3, 4, 6, 8)  # in windows: where the probe looks for the crossover
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,23 +132,21 @@ def _hidden(call: Call, bands: Sequence[Band]) -> Call:
     more = dict(call.more)
     if more.get("position_bias") is not None:
         more["position_bias"] = more["position_bias"][..., low:]
-    seen = _seen(tuple(bands), call.query.shape[1] // len(bands), (begin, keys), (low, keys), call.query.device)
-    if seen.all():
-        return call._replace(key=call.key[:, :, low:], value=call.value[:, :, low:], mask=mask, more=more)
-    if mask is None:
-        mask = torch.zeros(seen.shape, dtype=call.query.dtype, device=seen.device).masked_fill_(~seen, lowest(call.query.dtype))
-    else:
-        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, lowest(mask.dtype))
+    bias = _bias(tuple(bands), call.query.shape[1] // len(bands), (begin, keys), (low, keys), call.query.dtype, call.query.device)
+    if bias is not None:
+        hidden = lowest(bias.dtype)
+        mask = bias if mask is None else mask & (bias > hidden) if mask.dtype == torch.bool else mask.masked_fill(bias == hidden, lowest(mask.dtype))
     return call._replace(key=call.key[:, :, low:], value=call.value[:, :, low:], mask=mask, more=more)
 
 
-@functools.lru_cache(32)
+@functools.lru_cache(8)
 @torch.inference_mode(False)
-def _seen(bands: tuple[Band, ...], heads: int, queries: tuple[int, int], keys: tuple[int, int], device: torch.device) -> Tensor:
-    """(1, 1 or H, T, S)"""
+def _bias(bands: tuple[Band, ...], heads: int, queries: tuple[int, int], keys: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """What is added to scores, (1, 1 or H, T, S): 0 where seen, else the lowest number; None where all is seen."""
     rows, columns = (torch.arange(*ends, device=device) for ends in (queries, keys))
     each = [band.sees(rows[:, None], columns) for band in bands]
-    return each[0][None, None] if len(each) == 1 else torch.stack(each).repeat_interleave(heads, 0)[None]
+    seen = each[0][None, None] if len(each) == 1 else torch.stack(each).repeat_interleave(heads, 0)[None]
+    return None if seen.all() else torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, lowest(dtype))
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -204,7 +202,7 @@ def crossover(window: int, device: str = "cpu") -> int:
     """From how many tokens on the band takes less than all pairs with a mask, forward and backward: timed here, once per process."""
     band = Band(window)
     for times in LENGTHS:
-        n = times * max(window, band.chunk)
+        n = int(times * max(window, band.chunk))
         query, key, value = (torch.randn(1, n, 2, 64, device=device).transpose(1, 2).requires_grad_() for _ in range(3))
         at = torch.arange(n, device=device)
         mask = torch.zeros(n, n, device=device).masked_fill_(~band.sees(at[:, None], at), lowest(torch.float32))
@@ -261,15 +259,21 @@ def _banded(query: Tensor, keys: tuple[Tensor, Tensor], *, first: tuple[Tensor, 
     end = n // c - behind
     inner = end > begin
     out = []
-    for start, stop in ((0, begin * c), (end * c, n)) if inner else ((0, n),):
-        low, high = max(0, start - m * c), min(n, stop + behind * c)
+    for start, stop in ((0, begin * c), (end * c, n)) if inner else _halves(n, band):
+        low, high = max(0, start - band.window), min(n, stop if band.causal else stop + band.window)
         layout = _edge(band, offset, (start, stop), (low, high), query.dtype, query.device)
         k, v = (t[:, low:high] if not band.first else torch.cat([t[:, low:high], f], 1) for t, f in zip(keys, first, strict=True))
         bias = layout.bias if mask is None else layout.with_mask(mask)
         out.append(_softmax(query[None, :, start:stop], k[None], v[None], bias, **how)[0].transpose(0, 1))
         if inner and not start:
             out.append(_inner(query, keys, first=first, offset=offset, band=band, mask=mask, between=(begin, end), how=how))
-    return torch.cat(out) if inner else out[0]
+    return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def _halves(n: int, band: Band) -> list[tuple[int, int]]:
+    """Where the calls for n queries begin and end: half a chunk each, where that leaves keys out; a call costs what it costs, so that shorter ones are one."""
+    size = max(band.chunk // 2, CHUNK[0]) if n > 2 * max(band.window, band.chunk) else n
+    return [(start, min(n, start + size)) for start in range(0, n, size)]
 
 
 def _inner(

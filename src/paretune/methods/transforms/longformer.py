@@ -136,12 +136,13 @@ class Window(Replacement):
     def __init__(self, site: Site, method: Longformer) -> None:
         super().__init__(site)
         self.first = method.first(site)
+        self.bands = [method.bands(site.layer or 0, causal=causal, first=self.first) for causal in (False, True)]
         for name in GLOBAL if self.first else ():
             bias = site.bias and name != "key_global"  # one number for all keys of a query changes no softmax
             setattr(self, name, nn.Linear(site.in_features, site.out_features, bias=bias))
 
     def compute(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
-        bands = self.method.bands(self.site.layer or 0, causal=efficient.is_causal(call), first=self.first)
+        bands = self.bands[efficient.is_causal(call)]
         out, weights = windows.attention(attend, call, bands=bands, dense_below=self.method.dense_below or 0, by=self.method)
         if not self.first:
             return out, weights
