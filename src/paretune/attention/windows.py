@@ -4,9 +4,9 @@
 
 Queries are taken in chunks of c. A chunk reads the m = ⌈w/c⌉ blocks of c keys on each side of its own: overlapping views of
 one tensor, without a copy, given to torch's fused attention as one batch, the chunks before and behind them as two small
-calls; where no chunk has all its blocks, half chunks are calls of their own. Dilation d is d such bands, over every d-th token. The g global keys stand once behind each block, so that the views
-hold them. On a CUDA device torch's FlexAttention computes the same band by blocks of keys. Beltagy et al. 2020,
-arXiv:2004.05150, section 3.1.
+calls; where no chunk has all its blocks, half chunks are calls of their own. Dilation d is d such bands, over every d-th
+token. The g global keys stand once behind each block, so that the views hold them. On a CUDA device torch's FlexAttention
+computes the same band by blocks of keys. Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
 
 Shapes: B rows, H heads, T queries, S keys, D features, n tokens, L keys that a chunk reads.
 """
