@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 def chunks(x: Tensor, size: int) -> Tensor:
     """(..., T, D) as (..., C, c, D) with c = size; zeros fill the last chunk."""
-    x = F.pad(x, (0, 0, 0, -x.shape[-2] % size))
-    return x.unflatten(-2, (-1, size))
+    short = -x.shape[-2] % size
+    return (F.pad(x, (0, 0, 0, short)) if short else x).unflatten(-2, (-1, size))
 
 
 def beside(x: Tensor, *, back: int, ahead: int = 0) -> Tensor:

@@ -4,7 +4,7 @@
     o_i = Σ_r exp(z_i^r − z_i) Σ_(j ∈ P_i^r) exp(s_ij − z_i^r) v_j,    s_ij = q_i·q_j / |q_j|,    z_i = log Σ_r exp(z_i^r),
     z_i^r = log Σ_(j ∈ P_i^r) exp(s_ij),    R (D, buckets / 2) of Gaussians, another for each round r
 
-Queries and keys are one: the mean of the model's own two maps. A token attends to itself where no other is left (s_ii = −10⁵),
+Queries and keys are one: the mean of the model's own two maps. A token attends to itself where no other is left (s_ii is 10⁵ less),
 and a pair that several rounds find counts as often, as in the authors' code. Kitaev et al. 2020, arXiv:2001.04451, section 2.
 
 Shapes: B rows, H heads, T tokens, D features of a head, r rounds, C chunks of c tokens in order.
@@ -25,8 +25,8 @@ from paretune.attention.chunks import beside, chunks
 from paretune.attention.efficient import AttentionTransform, Replacement
 from paretune.card import Card, knob
 
-SELF = -1e5  # the score of a token with itself
-NEVER = -1e9  # and with what it must not see
+SELF = -1e5  # what is added to the score of a token with itself
+NEVER = -1e9  # and to that with what it must not see
 HALVES = 256  # columns of R: the most buckets are twice as many
 
 
@@ -86,9 +86,11 @@ def attention(x: Tensor, value: Tensor, *, R: Tensor, size: int, real: Tensor) -
     order = (found * x.shape[2] + torch.arange(x.shape[2], device=x.device)).argsort(-1)
     query = _chunked(x, order, size)  # (B, H, r, C, c, D)
     key, values = beside(F.normalize(query, dim=-1), back=1), beside(_chunked(value, order, size), back=1)
-    scores = _masked(query @ key.transpose(-1, -2), order, found=found, size=size)
-    z = scores.logsumexp(-1, keepdim=True)
-    out = (scores - z).exp() @ values
+    scores = (query @ key.transpose(-1, -2)).add_(_bias(order, found=found, size=size, dtype=x.dtype))
+    top = scores.detach().amax(-1, keepdim=True)
+    weights = (scores - top).exp_()  # the one exponential, for the softmax and for z
+    total = weights.sum(-1, keepdim=True)
+    out, z = weights @ values / total, top + total.log()
     back = order.argsort(-1)[..., None]
     out, z = (t.flatten(3, 4)[..., : x.shape[2], :].gather(3, back.expand(*back.shape[:-1], t.shape[-1])) for t in (out, z))
     return (torch.softmax(z, 2) * out).sum(2)
@@ -113,10 +115,11 @@ def _chunked(x: Tensor, order: Tensor, size: int) -> Tensor:
     return chunks(wide.gather(3, order[..., None].expand_as(wide)), size)
 
 
-def _masked(scores: Tensor, order: Tensor, *, found: Tensor, size: int) -> Tensor:
-    """Scores (B, H, r, C, c, 2c) with the token itself last and other buckets, and places beyond the ends, never."""
+def _bias(order: Tensor, *, found: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores (B, H, r, C, c, 2c): with the token itself it comes last, other buckets and places beyond the ends never."""
     about = torch.stack([order, found.gather(-1, order)], -1) + 1  # place and bucket, zero beyond the ends
     own = chunks(about, size)
     near = beside(own, back=1)
     (place, bucket), (other, its) = own[..., None, :].unbind(-1), near[..., None, :, :].unbind(-1)
-    return scores.masked_fill(place == other, SELF).masked_fill((bucket != its) | (other == 0), NEVER)
+    hidden = bucket != its
+    return torch.zeros(hidden.shape, dtype=dtype, device=order.device).masked_fill_(place == other, SELF).masked_fill_(hidden, NEVER)
