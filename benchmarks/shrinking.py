@@ -256,7 +256,11 @@ def _section(task: str) -> str:
     time = TABLE.found(_time(task))
     scores = cells.markdown(["model", "score", "points lost", "MB", "peak MB"], (_scored(name, task) for name in ROWS))
     head = ["model", "ms: p50, p95", "times as fast as fp32", "CPU ms", "best batch", "its ms: p50, p95", "CPU ms a text", "texts/s", "to bf16's: eager, compiled"]
-    aa = f"A/A: {100 * time['aa_wall']:.1f} % of wall time, {100 * time['aa_cpu']:.1f} % of CPU time; {time['threads']} threads." if time else ""
+    aa = ""
+    if time:
+        machine = f"{time['environment']['cpu']} ({', '.join(time['environment']['cpu_flags'])})"
+        aa = (f"Times: {time['threads']} threads of {machine}; commit {cells.when([time])}. "
+              f"A/A: {100 * time['aa_wall']:.1f} % of wall time, {100 * time['aa_cpu']:.1f} % of CPU time.")  # fmt: skip
     return f"## {task}\n\n{scores}\n\n{cells.markdown(head, (_timed(name, task) for name in ROWS))}\n\n{aa}"
 
 
@@ -270,8 +274,8 @@ def page(table: Table) -> str:
 The score is the mean over {len(SEEDS)} seeds with the half width of its 95 % interval over them (Student's t), on the whole test split, after {EPOCHS} epochs
 on up to {TRAIN:,} texts; all rows of a task and seed start from the same fine-tuned weights, and points lost are to fp32 with the same seed. MB are all files that
 opening the model reads. Peak memory is what opening it and answering {SAMPLE} texts, one at a time, adds to a process of its own whose libraries are loaded. Times are
-of one process in which all models of a task took turns, tokenizing apart; the best batch is that of {BATCHES} with most texts a second; the A/A control
-is how far two measurements of one model differ.
+of one process in which all models of a task took turns, tokenizing apart; the best batch is that of {", ".join(map(str, BATCHES))} with most texts a second;
+the A/A control is how far two measurements of one model differ.
 "Refused": `paretune export` wrote no graph, since its answers to test rows differed from the model's by more than is tolerated; such a row counts for no
 target.
 

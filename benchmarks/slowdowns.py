@@ -46,7 +46,7 @@ def sentence(found: dict[str, Any], name: str) -> str:
     machine = f"{found['environment']['cpu']} ({', '.join(found['environment']['cpu_flags'])})"
     said = {dtype: all_of([f"{ratio:.2g}" for ratio in medians(found, name, dtype)]) for dtype in ("fp32", "bf16")}
     return (
-        f"Measured on one thread of {machine}, by CPU time, a map from {inputs} to {outputs}: for {all_of(map(str, tokens))} tokens "
+        f"Measured on one thread of {machine}, eagerly, by CPU time, a map from {inputs} to {outputs}: for {all_of(map(str, tokens))} tokens "
         f"it takes {said['fp32']} times as long as in fp32, and with inputs in bf16 {said['bf16']} times as long as a bf16 map."
     )
 
@@ -58,7 +58,7 @@ def page(found: dict[str, Any]) -> str:
     outputs, inputs = found["shape"]
     return f"""# What formats bought for memory cost in time
 
-CPU time of a map from {inputs} to {outputs} with packed weights, times that of a float map: one thread of {found["environment"]["cpu"]}
+CPU time of a map from {inputs} to {outputs} with packed weights, times that of a float map, both eager: one thread of {found["environment"]["cpu"]}
 ({", ".join(found["environment"]["cpu_flags"])}), medians of {len(next(iter(found["rounds"].values())))} rounds. Beside bf16 the inputs are in bf16, too.
 `paretune doctor` prints the same for your processor, and a plan counts with it.
 

@@ -152,6 +152,13 @@ def test_the_cards_lines_run_as_they_stand(recipe: str, to: str, place: Path, tm
     assert ("paretune" in (made / "README.md").read_text().split("```python")[1].split("```")[0]) == (recipe in ("full | int8", "adapter(bottleneck=4)"))
 
 
+@pytest.mark.parametrize("recipe", ["full", "full | int8"])
+def test_a_graphs_card_runs_as_it_stands(recipe: str, place: Path, tmp_path: Path) -> None:
+    run = finished(place, recipe)
+    (answer,), (wanted,) = eval(used(exports.write(run, tmp_path / "export", to="onnx"))), run.predict(["a new text"])
+    assert answer["label"] == wanted["label"] and answer["p_up"] == pytest.approx(wanted["p_up"], abs=0.02)
+
+
 @pytest.mark.parametrize("family, columns, to", [
     ("bert", {"text": "text", "label": "score"}, "hf"), ("bert", {"text": "text", "label": "label", "kind": "multilabel"}, "hf"),
     ("gpt2", {"text": "text"}, "hf"), ("gpt2", {"text": "text,label", "label": "score"}, "peft"),

@@ -27,7 +27,7 @@ def test_a_sentence_holds_the_medians(monkeypatch):
     measured = json.loads(json.dumps(slowdowns.measured(3)))
     measured["environment"] = {"cpu": "a processor", "cpu_flags": ["avx2", "amx_int8"]}
     assert slowdowns.sentence(measured, "nf4") == (
-        "Measured on one thread of a processor (avx2, amx_int8), by CPU time, a map from 768 to 3072: for 1, 8 and 128 tokens it takes 2.2, 2.2 "
+        "Measured on one thread of a processor (avx2, amx_int8), eagerly, by CPU time, a map from 768 to 3072: for 1, 8 and 128 tokens it takes 2.2, 2.2 "
         "and 2.2 times as long as in fp32, and with inputs in bf16 0.45, 3.6 and 57 times as long as a bf16 map."
     )
 

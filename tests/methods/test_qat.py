@@ -117,6 +117,7 @@ def test_unmerged_is_as_before():
 
 
 REFUSED = ["full + qat | int4", "full + qat | nf4", "full + qat | int8_weights(group=8)", "full + qat(bits=4) | int8", "full + qat(bits=2) | int8",
+           "full + qat(bits=4, group=64) | int4", "full + qat(bits=4, group=32) | int4(group=64, symmetric=True)",
            "full + qat | magnitude", "full + qat | cast", "full + qat | lora", "lora + qat | int8", "nf4 | lora + qat", "cast | lora + qat", "share_layers | full + qat",
            "share_layers | full | magnitude | full + qat | int8"]  # fmt: skip
 

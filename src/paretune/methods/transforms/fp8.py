@@ -32,7 +32,7 @@ class FP8(Packing):
         lowers="E",
         why="A quarter of the bytes, with an error in proportion to each weight, so that small weights beside large ones stay.",
         note="For memory alone on a processor, which has no fp8 products: weights are dequantized at every use. Measured on one thread of AMD EPYC "
-        "(avx512_bf16, avx512_vnni, avx_vnni, avx512f, avx2), by CPU time, a map from 768 to 3072: for 1, 8, 32, 128 and 512 tokens it takes 11, 3.6, 1.2, "
+        "(avx512_bf16, avx512_vnni, avx_vnni, avx512f, avx2), eagerly, by CPU time, a map from 768 to 3072: for 1, 8, 32, 128 and 512 tokens it takes 11, 3.6, 1.2, "
         "0.62 and 0.35 times as long as in fp32, and with inputs in bf16 13, 11, 5.3, 2.6 and 1.4 times as long as a bf16 map. Normal weights are off by "
         "2.7 % in e4m3 and 5.3 % in e5m2, where int8 with the same bytes is off by 0.7 %: fp8 is for weights of very different sizes in one row. Outside "
         "training, fp32 inputs of many tokens are multiplied in bf16 where that was faster (0.3 % of the output; `paretune doctor` prints where, and the "

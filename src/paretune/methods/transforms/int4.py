@@ -33,7 +33,7 @@ class Int4(Packing):
         lowers="E",
         why="4.4 bits a weight to store and to read, which is what a single token's time is made of.",
         note="Normal weights are off by 8, 9 and 10 % for groups of 32, 64 and 128; |w - s (q - z)| is at most 0.57 s. Measured on one thread of AMD EPYC "
-        "(avx512_bf16, avx512_vnni, avx_vnni, avx512f, avx2), by CPU time, a map from 768 to 3072: for 1, 8, 32, 128 and 512 tokens it takes 0.13, 0.22, "
+        "(avx512_bf16, avx512_vnni, avx_vnni, avx512f, avx2), eagerly, by CPU time, a map from 768 to 3072: for 1, 8, 32, 128 and 512 tokens it takes 0.13, 0.22, "
         "0.41, 0.55 and 0.34 times as long as in fp32, and with inputs in bf16 0.18, 0.86, 1.6, 2.3 and 1.3 times as long as a bf16 map. A kernel on the "
         "codes reads inputs in bf16 (0.3 % of the output) and holds the codes a second time, in its own layout; where dequantizing, to the inputs' format "
         "or to bf16, was faster for so many tokens (timed once per process, format and shape), weights are dequantized at every use, as always in "

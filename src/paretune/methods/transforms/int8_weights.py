@@ -32,7 +32,7 @@ class Int8Weights(Packing):
         why="A quarter of the bytes to store and to read, which is what a single token's time is made of.",
         note="Weights are off by 0.7 %. A kernel on the codes reads inputs in bf16 (0.3 % of the output); where dequantizing, to the inputs' format or to bf16, "
         "was faster for so many tokens (timed once per process, format and shape), and with groups, weights are dequantized at every use, as always in "
-        "training. Measured on one thread of AMD EPYC (avx512_bf16, avx512_vnni, avx_vnni, avx512f, avx2), by CPU time, a map from 768 to 3072: for 1, 8, "
+        "training. Measured on one thread of AMD EPYC (avx512_bf16, avx512_vnni, avx_vnni, avx512f, avx2), eagerly, by CPU time, a map from 768 to 3072: for 1, 8, "
         "32, 128 and 512 tokens it takes 0.13, 0.24, 0.51, 0.41 and 0.3 times as long as in fp32, and with inputs in bf16 0.19, 0.99, 1.7, 1.6 and 1.2 "
         "times as long as a bf16 map. `paretune doctor` measures it here. int8 is faster for 32 tokens and more. Tied outputs and the task's head stay "
         "float.",

@@ -37,7 +37,7 @@ class LLMInt8(Packing):
         equation="y = s a Σ u q / 127 + Σ_O x w + b",
         lowers="E",
         why="A quarter of the bytes, without the error that a few features with values a hundred times as large bring to int8.",
-        note="Measured on one thread of AMD EPYC (avx512_bf16, avx512_vnni, avx_vnni, avx512f, avx2), by CPU time, a map from 768 to 3072: for 1, 8, 32, 128 "
+        note="Measured on one thread of AMD EPYC (avx512_bf16, avx512_vnni, avx_vnni, avx512f, avx2), eagerly, by CPU time, a map from 768 to 3072: for 1, 8, 32, 128 "
         "and 512 tokens it takes 0.61, 0.54, 0.22, 0.23 and 0.19 times as long as in fp32, and with inputs in bf16 0.78, 1.1, 0.96, 0.95 and 0.85 times as "
         "long as a bf16 map. int8 takes its range per token, so that outliers cost it precision. Which features are outliers is decided over all tokens of "
         "a batch, so other rows may change a result within rounding. Where dequantizing was faster for so many tokens (timed once per process, format and "

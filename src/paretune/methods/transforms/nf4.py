@@ -33,7 +33,7 @@ class NF4(Packing):
         lowers="E",
         why="4.13 bits a weight, so that a model several times as large can be trained on; time is not saved but spent.",
         note="For memory, not for time: weights are dequantized at every use, at most 16 MB at a time, and again in the backward pass. Measured on one thread "
-        "of AMD EPYC (avx512_bf16, avx512_vnni, avx_vnni, avx512f, avx2), by CPU time, a map from 768 to 3072: for 1, 8, 32, 128 and 512 tokens it takes "
+        "of AMD EPYC (avx512_bf16, avx512_vnni, avx_vnni, avx512f, avx2), eagerly, by CPU time, a map from 768 to 3072: for 1, 8, 32, 128 and 512 tokens it takes "
         "6.3, 1.5, 0.9, 0.5 and 0.33 times as long as in fp32, and with inputs in bf16 9, 6.5, 3.8, 1.8 and 1.3 times as long as a bf16 map. Normal "
         "weights are off by 9 %, and double quantization adds less than 0.1 % to that. Outside training, fp32 inputs of many tokens are multiplied in bf16 "
         "where that was faster (0.3 % of the output; `paretune doctor` prints where, and the slow-down here). Embeddings, tied outputs and the task's head "
