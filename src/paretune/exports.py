@@ -25,6 +25,7 @@ from paretune.seams import CHILD
 FORMATS = ("hf", "peft", "onnx", "bitsandbytes")
 MERGE = ("hf", "onnx")  # of them, those that hold adapters merged
 ROOM = 1.05  # of the size of what is copied, for a card and the file system's blocks
+OPENED = 2.5  # times the run's files are in memory while an export is compared with it: both models, and room to compute
 UNMEASURED = "the export is not measured yet; `paretune measure` does it"
 APART = "measured was the run, with its adapters apart; a recipe with merge at its end is measured merged"
 INSTEAD = "export with --to hf, which holds every run"
@@ -83,6 +84,7 @@ def _merged(run: store.Run, folder: Path) -> tuple[Parity | None, tuple[str, ...
     """Writes the run's model with its adapters merged and compares it with the run's; where they stay apart it writes nothing, and says why."""
     if not hub.attached(store.read_json(run.model / "config.json")):
         return None, ()
+    store.require_memory(folder, OPENED * store.stored_mb(run.model))
     model = inference.open_model(run.model, inference.task_of(run))
     notes = folding.attempt(model)
     if surgery.state(model).adapters:
@@ -145,6 +147,7 @@ def _write_bitsandbytes(run: store.Run, folder: Path, record: dict[str, Any]) ->
     """A folder that transformers opens with bitsandbytes, and a card."""
     task = inference.compared(run)
     auto = _auto_class(run, run.model)
+    store.require_memory(folder, OPENED * store.stored_mb(run.model))
     parity = bitsandbytes_files.write(inference.open_model(run.model, task), task, folder=folder, auto=auto, name=run.recipe)
     record = _answering(run, folder, {**record, "loads_with": "transformers+bitsandbytes"}, parity)
     return record, use.hub(record, auto)

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
 from paretune import backbones, folding, seams, store, surgery, training
-from paretune.errors import Incompatible, StoreError, one_of
+from paretune.errors import Incompatible, one_of
 from paretune.parity import Answers, Parity, require_rows
 from paretune.tasks import Task
 from paretune.weights import packed
@@ -119,9 +118,7 @@ def _require_room(model: nn.Module, folder: Path) -> None:
     """Disk for the graph, as if it were float; memory for the weights in torch, twice while tracing, and in onnxruntime."""
     weights = 4e-6 * sum(p.numel() for p in (*model.parameters(), *model.buffers()))  # packed codes are one each
     store.require_space(folder, 1.1 * weights)
-    free = psutil.virtual_memory().available / 1e6
-    if free < 4 * weights:
-        raise StoreError(f"{folder}: about {4 * weights:,.0f} MB of memory are needed to make the graph and {free:,.0f} MB are free; close other programs")
+    store.require_memory(folder, 4 * weights)
 
 
 class _Answers(nn.Module):

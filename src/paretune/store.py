@@ -160,6 +160,17 @@ def require_space(folder: Path, megabytes: float) -> None:
         raise StoreError(f"{folder}: {megabytes:,.0f} MB are needed and {free:,.0f} MB are free; free some space or choose another --out")
 
 
+def require_memory(folder: Path, megabytes: float) -> None:
+    """Refuses work that memory would not hold.
+
+    Raises:
+        StoreError: with what is needed and what is free.
+    """
+    free = psutil.virtual_memory().available / 1e6
+    if free < megabytes:
+        raise StoreError(f"{folder}: about {megabytes:,.0f} MB of memory are needed to make it and {free:,.0f} MB are free; close other programs")
+
+
 def stored_mb(folder: Path) -> float:
     """Megabytes (10^6 bytes) of all files that a process opens to use the model in a folder."""
     opened = [p for p in folder.iterdir() if p.is_file() and p.name != "README.md"]

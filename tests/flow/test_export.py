@@ -83,6 +83,14 @@ def test_hf_merges_what_can_be_merged(family: str, recipe: str, place: Path, tmp
     assert ("loads with: `transformers`\n" in text) == ("prototypes" not in recipe)
 
 
+def test_memory_to_merge_in_is_asked_for_first(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished(place, "lora(r=2)")
+    monkeypatch.setattr(store.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1e3))
+    with pytest.raises(StoreError, match="MB of memory are needed"):
+        exports.write(run, tmp_path / "export")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("recipe, why", [
     ("prefix(length=3)", "prefix.length=3.: left apart.*cannot be folded"), ("lora(r=2) + prefix(length=3)", "prefix.*lora.*left apart.*cannot be folded"),
     ("nf4 | lora(r=2)", "holds codes"), ("lora(r=2) | int8", "holds codes"), ("lora(r=2) | cast", "is in bfloat16, to which a sum would be rounded"),

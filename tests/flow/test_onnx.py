@@ -258,7 +258,7 @@ def test_what_no_graph_holds_is_refused(finished, tmp_path):
 def test_room_and_packages_are_asked_for_first(finished, tmp_path, monkeypatch):
     run = finished(FLOAT)
     with monkeypatch.context() as patch:
-        patch.setattr(onnx_files.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1e3))
+        patch.setattr(store.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1e3))
         with pytest.raises(StoreError, match="MB of memory are needed"):
             exports.write(run, tmp_path / "export", to="onnx")
     with monkeypatch.context() as patch:
