@@ -112,7 +112,7 @@ def _shrunk(written, *, refused=(), thin_ms=1.0):
         each_ms = {name: thin_ms if "thin l" in name else 8.0 for name in shrinking.ROWS if (name, 0) not in refused}
         figures = {name: {how: {"batch": n, "p50_ms": n * ms, "p95_ms": n * ms, "cpu_ms_per_text": ms, "per_s": 1e3 / ms} for how, n in (("one", 1), ("batched", 4))}
                    for name, ms in each_ms.items()}  # fmt: skip
-        written(shrinking.TABLE, f"time {task}", rows=figures, aa_wall=0.05, aa_cpu=0.01, threads=2, score=0.9)
+        written(shrinking.TABLE, f"time {task}", rows=figures, aa_wall=0.05, aa_cpu=0.01, threads=2, score=0.9, environment={"cpu": "a chip", "cpu_flags": ["avx2"]})
     shrinking.row.cache_clear()
     try:
         return shrinking.page(shrinking.TABLE)

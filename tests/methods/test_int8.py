@@ -70,8 +70,8 @@ def test_codes_by_the_equation():
 @pytest.mark.parametrize("levels", [255, 127])
 @pytest.mark.parametrize("rows, inner, outer, bias", [(1, 16, 16, True), (5, 33, 7, True), (13, 64, 96, False)])
 def test_the_forward_is_the_equation_in_integers(rows, inner, outer, bias, levels, monkeypatch):
-    if not int8.levels_here():
-        pytest.skip("this processor has no integer kernel")
+    if int8.levels_here() < levels:
+        pytest.skip(f"this processor multiplies codes up to {int8.levels_here()} rightly (0: it has no integer kernel)")
     monkeypatch.setattr(int8, "levels_here", lambda: levels)
     linear = nn.Linear(inner, outer, bias=bias)
     x = torch.randn(rows, inner) * torch.logspace(-2, 1, rows)[:, None] + 0.3
@@ -108,11 +108,11 @@ def test_rows_of_a_batch_do_not_touch_each_other_and_bad_numbers_stay_in_theirs(
 
 def test_without_an_integer_kernel_the_weights_are_dequantized(monkeypatch):
     quantized, x = packed(nn.Linear(48, 24)), torch.randn(6, 48)
-    fast = quantized(x)
+    fast, levels = quantized(x), int8.levels_here() or 255
     monkeypatch.setattr(int8, "levels_here", lambda: 0)
     slow = quantized(x)
     assert torch.equal(slow, nn.functional.linear(x, quantized.dequantized(), quantized.bias))
-    assert relative(fast, slow) < 0.01
+    assert relative(fast, slow) < 0.01 * 255 / levels  # a code of 7 bits is twice as wide
     assert quantized(x.bfloat16()).dtype == torch.bfloat16
 
 

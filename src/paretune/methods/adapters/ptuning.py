@@ -69,7 +69,14 @@ class Encoded(virtual_tokens.VirtualTokens):
     def virtual(self) -> Tensor:
         if self.settled:
             return self.tokens
-        return self.mlp(self.e if self.lstm is None else self.lstm(self.e)[0])  # (P, D)
+        return self.mlp(self.e if self.lstm is None else self._both_ways(self.lstm))  # (P, D)
+
+    def _both_ways(self, lstm: nn.LSTM) -> Tensor:
+        """(P, hidden), in fp32 at least: some processors have no LSTM in 16 bits."""
+        dtype = torch.promote_types(self.e.dtype, torch.float32)
+        with torch.autocast(self.e.device.type, enabled=False):
+            out, _ = torch.func.functional_call(lstm, {name: p.to(dtype) for name, p in lstm.named_parameters()}, (self.e.to(dtype),))
+        return out.to(self.e.dtype)
 
     def settle(self) -> dict[str, Tensor]:
         return {"tokens": self.virtual()}

@@ -51,7 +51,7 @@ class Int8(Packing):
         "3.7 times (1.3 to 1.6 times as bf16). For one token wide maps gain 1.7 times and narrow ones lose: 384 to 384 takes 3.4 times as "
         "long as in fp32. Whole MiniLM: 1.8 times as fast as fp32 for a text of 26 tokens, 2.2 times for 8 texts of 128; 1.1 and 1.25 times "
         "as bf16. With two threads, one text at a time, it took 1.07 to 1.2 times bf16's time on three tasks, and as an ONNX graph 0.24 to 0.42 of it "
-        "(docs/shrinking.md). Processors without VNNI get 7-bit inputs; those without the kernel, and graphics cards, dequantize: small, not fast. "
+        "(docs/shrinking.md). Processors without VNNI get 7-bit inputs, twice as coarse; those without the kernel, and graphics cards, dequantize: small, not fast. "
         "The task's head, tied outputs and convolutions stay float. Static ranges, measured with AMX: 1.2 times as fast as "
         "dynamic ones for 128 tokens and 1.4 times for 1024, equal for fewer; a map's output is off by 1.1 % in the place of 0.8 %, and inputs outside "
         "the range of the examples are cut off. Where bf16 was faster for so many tokens on this processor (timed once per process, format and shape; "
