@@ -195,6 +195,7 @@ def test_tied_weights_stay_float_and_generation_works(tmp_path):
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_an_attached_adapter_works_on_packed_maps(family, tmp_path):
+    torch.manual_seed(0)  # with other adapters logits may come to lie near zero, where rounding shows
     model, inputs = tiny.model(family), tiny.inputs(family)
     surgery.attach(model, [LoRA(r=2, targets="linear")])
     for name, parameter in model.named_parameters():
@@ -204,7 +205,7 @@ def test_an_attached_adapter_works_on_packed_maps(family, tmp_path):
     backbone_only = run(Int8().apply(tiny.model(family)), inputs)
     Int8().apply(model)
     adapted = run(model, inputs)
-    assert relative(adapted, exact) < 0.25 < relative(backbone_only, exact)
+    assert relative(adapted, exact) < 0.05 < 0.25 < relative(backbone_only, exact)
     model.save_pretrained(tmp_path)
     assert torch.equal(run(AutoModelForSequenceClassification.from_pretrained(tmp_path), inputs), adapted)
     surgery.switch(model)
