@@ -9,7 +9,7 @@ import pytest
 import work
 
 from benchmarks import cells, contest, growth, limits, shrinking
-from paretune import surgery, training
+from paretune import registry, surgery, training
 from paretune.methods.adapters.full import Full
 from paretune.methods.modifiers.schedule import Schedule
 
@@ -94,6 +94,13 @@ def test_growth_is_judged_beside_the_model_itself(written):
     assert _row(page, "`lora`, CPU ms", "## Length")[-3:] == ["1.55", "1.60", "met"] and _row(page, "`ia3`, CPU ms", "## Length")[-3:] == ["1.70", "1.60", "not met"]
     assert _row(page, "`lora`, added MB", "## Length")[-3:] == ["1.00", "1.10", "met"] and "3 of 4 figures" in page.replace("\n", " ")
     assert _row(page, "`adapter`, CPU ms", "## Length")[-1] == cells.NOT_RUN
+
+
+def test_the_card_of_int8_says_what_one_text_took_beside_bf16():
+    times = [shrinking.TABLE.found(f"time {task}")["rows"] for task in shrinking.TASKS]
+    packed, graph = ([row[name]["one"]["p50_ms"] / row[shrinking.BF16]["one"]["p50_ms"] for row in times] for name in ("int8", "int8, onnx"))
+    said = f"it took {min(packed):.3g} to {max(packed):.2g} times bf16's time on three tasks, and as an ONNX graph {min(graph):.2f} to {max(graph):.2f} of it"
+    assert said in registry.get("int8").card.note
 
 
 def test_the_readme_says_what_the_contest_found():

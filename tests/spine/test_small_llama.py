@@ -20,7 +20,7 @@ PRUNERS = ("magnitude", 'magnitude(pattern="2:4")', 'magnitude(scope="global")',
            "low_rank", "share_layers", "vocabulary", "cast", "keep_layers | vocabulary | int8")  # fmt: skip
 CODE = 255 / (int8.levels_here() or 255)  # how wide a code of inputs is here, of one of 8 bits: twice without VNNI, so that its error is twice, and its square four times
 # format: perplexity is at most so many times that of fp32, and the logits are off by at most so great a share of their norm
-NEAR = {"int8": (1 + 0.01 * CODE**2, 0.02 * CODE), 'int8(mode="static")': (1 + 0.015 * CODE**2, 0.05 * CODE),
+NEAR = {"int8": (1.01, 0.02), 'int8(mode="static")': (1 + 0.015 * CODE**2, 0.05 * CODE),
         "int8_weights": (1.01, 0.015), "int8_weights(group=32)": (1.01, 0.015),
         "llm_int8": (1.01, 0.02), "fp8": (1.01, 0.04), 'fp8(format="e5m2")': (1.08, 0.08), "nf4": (1.25, 0.13), "nf4(double_quant=False)": (1.25, 0.13),
         "int4": (1.2, 0.14), "int4(group=32)": (1.15, 0.12), "int4(symmetric=True)": (1.25, 0.15)}  # fmt: skip
