@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import statistics
 import time
@@ -20,6 +21,15 @@ LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers"
 BESIDE_S = 1.0  # of CPU time may lie between an open model and the first step
 
 
+@pytest.fixture(autouse=True)
+def no_garbage_of_other_tests():
+    """A user's process is young: what thousands of tests before left behind is not searched through in the second that is measured."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def seven_billion():
     """A Llama of 7 B weights that takes no memory, and the same again for each caller."""
@@ -34,12 +44,14 @@ def seven_billion():
 @pytest.mark.parametrize("recipe", ["lora(r=8)", 'lora(r=8, targets="linear")', "adapter", "ia3", "prefix"])
 def test_attaching_to_seven_billion_weights_takes_less_than_a_second(recipe, seven_billion):
     pt.adapt(work.ready("llama", "causal"), recipe)  # what is imported on first use
-    model = seven_billion()
-    begun = time.process_time()
-    pt.adapt(model, recipe)
-    took = time.process_time() - begun
+    found = []
+    for _ in range(3):  # the median: a neighbor on the machine slows one of them down
+        model = seven_billion()
+        begun = time.process_time()
+        pt.adapt(model, recipe)
+        found.append(time.process_time() - begun)
     learning = [p for p in model.parameters() if p.requires_grad]
-    assert learning and all(p.is_meta for p in learning) and took < 1.0
+    assert learning and all(p.is_meta for p in learning) and statistics.median(found) < BESIDE_S
 
 
 class FirstStep(Exception):
