@@ -64,8 +64,7 @@ def write(model: nn.Module, task: Task, *, folder: Path, name: str, merge: bool 
     model.float()  # packed codes keep their formats, and answers are fp32
     answers = Answers.of(model, task)
     notes += folding.attempt(model) if merge else ()
-    for path, module in maps.items():
-        surgery.replace(model, path, new=module.unpacked())
+    surgery.replace(model, ((path, module.unpacked()) for path, module in maps.items()))
     with _hushed():
         made = _trace(model, task, name=name)
         _quantize(made.model, maps)

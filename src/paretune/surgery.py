@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -263,12 +263,22 @@ def settle(model: nn.Module) -> None:
     hub.refresh(model)
 
 
-def replace(model: nn.Module, path: str, *, new: nn.Module) -> None:
-    """Puts a module in the place of another; a seam moves over to it.
+def replace(model: nn.Module, made: Iterable[tuple[str, nn.Module]]) -> None:
+    """Puts each new module in the place of the one at its path; a seam moves over to it.
+
+    Args:
+        model: stays the same object.
+        made: (path, new module), taken one by one: a generator's next is made when what the one before replaced may have gone.
 
     Raises:
         Incompatible: for another kind of module where a patch computes with the weight of the old one.
     """
+    for path, new in made:
+        _replace(model, path, new)
+    hub.refresh(model)
+
+
+def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
     parent, _, child = path.rpartition(".")
     old = model.get_submodule(path)
     seam = seams.seam_of(old)
@@ -282,7 +292,6 @@ def replace(model: nn.Module, path: str, *, new: nn.Module) -> None:
         new.__dict__["resized"] = {**old.__dict__["resized"], **new.__dict__.get("resized", {})}
     new.train(old.training)
     setattr(model.get_submodule(parent), child, new)
-    hub.refresh(model)
 
 
 def count(model: nn.Module) -> tuple[int, int]:

@@ -7,8 +7,6 @@ import csv
 import filecmp
 import re
 import shutil
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 import tiny
 import torch
 import transformers
+import young
 from safetensors.torch import load_file, save_file
 
 from paretune import backbones, bitsandbytes_files, exports, flow, inference, options, parity, peft_format, runs, store, tasks
@@ -143,7 +142,7 @@ def test_hf_asks_for_room_and_compares_the_copy(place: Path, tmp_path: Path, mon
 def used(folder: Path) -> str:
     """What the card's Python prints, run as it stands in a process of its own, in the folder."""
     code = re.search(r"## Use\n\n```python\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)[1]  # type: ignore[index]
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = young.run(code, folder)
     assert done.returncode == 0, f"{code}\n{done.stderr}"
     return done.stdout
 

@@ -13,6 +13,7 @@ import pytest
 import steps
 import tiny
 import torch
+import young
 from torch import nn
 
 import paretune  # noqa: F401 - lets transformers open our folders
@@ -257,7 +258,7 @@ def test_a_replaced_module_takes_the_seam_over():
     old = model.get_submodule(path)
     twin = nn.Linear(16, 16)
     twin.load_state_dict({"weight": old.weight, "bias": old.bias})
-    surgery.replace(model, path, new=twin)
+    surgery.replace(model, [(path, twin)])
     assert model.get_submodule(path) is twin and isinstance(twin, seams.Adapted) and not isinstance(old, seams.Adapted)
     assert torch.equal(steps.logits(model, "bert"), wanted)
     surgery.remove(model, "default")
@@ -410,20 +411,27 @@ with torch.no_grad():
 """
 
 
-def loaded_elsewhere(folder, first):
-    """(logits, what was said) of a process of its own that opens a folder."""
-    answer = folder / "answer.pt"
-    code = LOAD.format(first=first, tests=os.path.dirname(tiny.__file__), folder=str(folder), answer=str(answer))
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def _opening(folder, first=""):
+    return LOAD.format(first=first, tests=os.path.dirname(tiny.__file__), folder=str(folder), answer=str(folder / "answer.pt"))
+
+
+def loaded_without_paretune(folder):
+    """(logits, what was said) of a process that opens a folder and imports nothing of ours."""
+    child, answer = young.run(_opening(folder), folder), folder / "answer.pt"
     return (torch.load(answer, weights_only=True) if answer.exists() else None), child.stderr
 
 
-def test_importing_paretune_is_all_that_another_process_needs(tmp_path):
+@pytest.mark.parametrize("elsewhere", ["before transformers", "behind transformers"])
+def test_importing_paretune_is_all_that_another_process_needs(elsewhere, tmp_path):
     model = adapted(LoRA(r=2), Adapter(bottleneck=4))
     model.save_pretrained(tmp_path)
-    found, said = loaded_elsewhere(tmp_path, "import paretune; import sys; assert 'torch' not in sys.modules")
-    assert found is not None, said
-    assert torch.equal(found, steps.logits(model, "bert"))
+    if elsewhere == "behind transformers":
+        child = young.run(_opening(tmp_path, "import sys; assert 'transformers' in sys.modules; import paretune"), tmp_path)
+    else:
+        code = _opening(tmp_path, "import paretune; import sys; assert 'torch' not in sys.modules")
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert torch.equal(torch.load(tmp_path / "answer.pt", weights_only=True), steps.logits(model, "bert"))
 
 
 @pytest.mark.parametrize("methods", [(LoRA(r=2),), (Adapter(bottleneck=4), BitFit())], ids=["lora", "adapter"])
@@ -434,14 +442,14 @@ def test_without_paretune_a_patched_model_does_not_open(methods, settled, tmp_pa
     if settled:
         surgery.settle(model)
     model.save_pretrained(tmp_path)
-    found, said = loaded_elsewhere(tmp_path, "")
+    found, said = loaded_without_paretune(tmp_path)
     assert found is None and "import paretune before opening this folder" in said
 
 
 def test_without_paretune_a_selection_opens_as_what_it_is(tmp_path):
     model = adapted(BitFit())
     model.save_pretrained(tmp_path)
-    found, _ = loaded_elsewhere(tmp_path, "")
+    found, _ = loaded_without_paretune(tmp_path)
     assert torch.equal(found, steps.logits(model, "bert"))
 
 

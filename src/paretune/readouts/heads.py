@@ -137,7 +137,7 @@ def write(model: nn.Module, weight: Tensor, *, bias: Tensor | None, readout: Rea
         new.weight.copy_(weight)
         if own:
             new.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
-    surgery.replace(model, path, new=new.requires_grad_(old.weight.requires_grad))
+    surgery.replace(model, [(path, new.requires_grad_(old.weight.requires_grad))])
     if bias is not None and not own:
         offset = _offset(model, path) or surgery.install(model, READOUT, method=readout, site=Site(place="offset", path=path, out_features=len(bias)))
         offset.hold({"bias": bias.to(model.dtype)})

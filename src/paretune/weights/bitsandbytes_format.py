@@ -36,8 +36,8 @@ def read(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     paths = [name.removesuffix(f".{STATE}") for name in tensors if name.endswith(f".{STATE}")]
     if not paths:
         raise Incompatible(f"bitsandbytes: no tensor is named ....{STATE}, so nothing in it is NF4; there are {all_of(list(tensors)[:4])}")
-    for path in paths:
-        surgery.replace(model, path, new=_module(path, model.get_submodule(path), {n: tensors[k] for n in _NAMES if (k := f"{path}.{n}") in tensors}))
+    codes = {path: {n: tensors[k] for n in _NAMES if (k := f"{path}.{n}") in tensors} for path in paths}
+    surgery.replace(model, ((path, _module(path, model.get_submodule(path), codes[path])) for path in paths))
     surgery.freeze(model)
     hub.refresh(model)
     return paths

@@ -15,6 +15,7 @@ Shapes: B rows, T positions, I and O features of a map.
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
@@ -107,15 +108,16 @@ class Packing(Transform):
             raise Incompatible(f"{self!r}: {type(model).__name__} has no float linear map left to pack")
         learned = self._learned(model)
         surgery.settle(model)
-        for path in paths:
-            module = model.get_submodule(path)
-            packed = self.empty(module)
-            packed.pack(module, learned[path].steps if path in learned else None)
-            if path in learned:
-                drop_ranges(module)
-            surgery.replace(model, path, new=packed)
+        surgery.replace(model, ((path, self._packed(model.get_submodule(path), learned.get(path))) for path in paths))
         surgery.freeze(model)  # codes cannot learn, and nothing else may without them
         return model
+
+    def _packed(self, module: nn.Module, learned: Any) -> Packed:
+        packed = self.empty(module)
+        packed.pack(module, learned and learned.steps)
+        if learned:
+            drop_ranges(module)
+        return packed
 
     def empty(self, module: nn.Module) -> Packed:
         return (PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear)(self, module)
@@ -171,9 +173,14 @@ def _is_plain_table(module: nn.Module) -> bool:
 def unpack(model: nn.Module) -> bool:
     """Puts float maps with the dequantized weights in the place of packed ones; were there any?"""
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, Packed)]
-    for path, module in found:
-        surgery.replace(model, path, new=module.unpacked())
+    surgery.replace(model, ((path, module.unpacked()) for path, module in found))
     return bool(found)
+
+
+@functools.lru_cache(maxsize=256)
+def _form(method: Packing, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """The tensors of a weight of this shape, without values: a model has many maps of few shapes."""
+    return method.encode(torch.empty(shape, dtype=torch.float32, device="meta"))
 
 
 class Packed(nn.Module):
@@ -185,7 +192,7 @@ class Packed(nn.Module):
         self.shape: tuple[int, int] = tuple(anatomy.weight(module).shape)  # type: ignore[assignment]
         self.dtype = module.weight.dtype  # in which the module answers, where its input does not say
         self._names: list[str] = []
-        self._hold(method.encode(torch.empty(self.shape, device="meta")), device=module.weight.device)
+        self._hold(_form(method, self.shape), device=module.weight.device)
         self._kept: dict[str, tuple[Tensor, Any]] = {}
 
     def _hold(self, tensors: dict[str, Tensor], *, device: torch.device | None = None) -> None:

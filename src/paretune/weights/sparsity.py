@@ -45,7 +45,8 @@ class Pruner(Transform):
 
     def prune(self, model: nn.Module, keeps: dict[Site, Tensor]) -> None:
         """Leaves the weights at True of the masks (O, I) of these places, and what was zero before; the rest is zero from here on."""
-        for path in dict.fromkeys(site.path for site in keeps):
+
+        def sparse(path: str) -> SparseLinear:
             module = model.get_submodule(path)
             weight = anatomy.weight(module).detach()
             keep = module.keep() if isinstance(module, SparseLinear) else torch.ones_like(weight, dtype=torch.bool)
@@ -53,10 +54,12 @@ class Pruner(Transform):
                 if site.path == path:
                     rows = slice(None) if site.rows is None else list(site.rows)
                     keep[rows] &= part
-            sparse = SparseLinear(module, kept=int(keep.sum()))
-            sparse.take(module, keep)
-            sparse.packed_by = self.spell()
-            surgery.replace(model, path, new=sparse)
+            made = SparseLinear(module, kept=int(keep.sum()))
+            made.take(module, keep)
+            made.packed_by = self.spell()
+            return made
+
+        surgery.replace(model, ((path, sparse(path)) for path in dict.fromkeys(site.path for site in keeps)))
 
 
 def require_pattern(method: Pruner, sites: list[Site]) -> None:

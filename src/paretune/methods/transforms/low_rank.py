@@ -76,13 +76,14 @@ class LowRank(Transform):
         if not found:
             raise Incompatible(f"{self!r}: at this rank two factors of a map have no fewer parameters than the map; lower keep, rank or energy")
         surgery.settle(model)
-        for path, (first, second) in found.items():
-            module = model.get_submodule(path)
-            thin = Thin(module, rank=len(first))
-            thin.take(module, first, second=second)
-            thin.packed_by = self.spell()
-            surgery.replace(model, path, new=thin)
+        surgery.replace(model, ((path, self._thin(model.get_submodule(path), *pair)) for path, pair in found.items()))
         return model
+
+    def _thin(self, module: nn.Module, first: Tensor, second: Tensor) -> Thin:
+        made = Thin(module, rank=len(first))
+        made.take(module, first, second=second)
+        made.packed_by = self.spell()
+        return made
 
     def empty(self, module: nn.Module) -> nn.Module:
         made = Thin(module, rank=module.__dict__["resized"]["rank"])
