@@ -6,9 +6,8 @@ import ast
 import functools
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "paretune"
@@ -43,7 +42,26 @@ def length(node: Function) -> int:
     return (node.end_lineno or 0) - node.lineno + 1
 
 
-every_file = pytest.mark.parametrize("path", FILES, ids=name)
+def of_all(paths: list[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """A rule of one file as one test of all these files, which names each that breaks it."""
+
+    def test_of(rule: Callable[[Path], None]) -> Callable[[], None]:
+        def whole() -> None:
+            broken = []
+            for path in paths:
+                try:
+                    rule(path)
+                except AssertionError as error:
+                    broken.append(f"{name(path)}: {error}")
+            assert not broken, "\n".join(broken)
+
+        whole.__doc__ = rule.__doc__
+        return whole
+
+    return test_of
+
+
+every_file = of_all(FILES)
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------------------
@@ -134,7 +152,7 @@ def test_nothing_is_left_open(path):
     assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b|raise NotImplementedError", text)
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=name)
+@of_all(TEXTS)
 def test_no_file_names_this_machine(path):
     if path == Path(__file__):
         return
@@ -151,7 +169,7 @@ BRITISH = re.compile(
 )
 
 
-@pytest.mark.parametrize("path", [p for p in TEXTS if p.suffix in (".py", ".md")], ids=name)
+@of_all([p for p in TEXTS if p.suffix in (".py", ".md")])
 def test_the_spelling_is_american(path):
     if path == Path(__file__):
         return
