@@ -179,7 +179,7 @@ def mean_interval(found: Sequence[dict[str, Any] | None]) -> str:
     missing = f" ({len(values)} of {len(found)} seeds)" if len(values) < len(found) else ""
     interval, _ = intervals.over_seeds(values, [None] * len(values)) if len(values) > 1 else (None, "")
     half = (interval[1] - interval[0]) / 2 if interval else 0.0
-    return f"{statistics.mean(values):.1f} ± {half:.1f}{missing}"
+    return f"{statistics.mean(values):.1f}{f' ± {half:.1f}' if len(values) > 1 else ''}{missing}"
 
 
 def mean(found: Iterable[dict[str, Any] | None], field: str, *, digits: int = 0) -> str:
