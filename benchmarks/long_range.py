@@ -205,8 +205,8 @@ def of_task(table: Table, name: str) -> str:
         steps = ([table.found(f"{method} step {n}")] for n in LENGTHS)
         model, column = PUBLISHED.get(method), ARENA[name].published
         known = theirs[model][column] if model and column else "-"
-        rows.append([f"`{spelled}`" if spelled else method, cells.mean_interval(found), cells.mean(paces, "steps_per_cpu_s", digits=2), cells.mean(found, "train_peak_mb"),
-                     cells.mean(found, "train_cpu_s"), *(cells.mean(f, "step_cpu_s", digits=2) for f in steps), known])  # fmt: skip
+        rows.append([f"`{spelled}`" if spelled else method, cells.mean_interval(found), cells.mean(paces, "steps_per_cpu_s", digits=2),
+                     cells.mean(found, "train_peak_mb"), cells.mean(found, "train_cpu_s"), *(cells.mean(f, "step_cpu_s", digits=2) for f in steps), known])  # fmt: skip
     here, filled = ARENA[name], cells.markdown(head, rows)
     return f"## {name.capitalize()}\n\nAt most {here.longest:,} tokens; {here.train:,} training examples at most, seen {here.epochs:g} times.\n\n{filled}"
 
@@ -279,8 +279,8 @@ the mean over tokens; all methods with the same rate ({LR}), batches of {BATCH},
 with `perceiver`, `linformer` and `longformer` and one seed: with the first token's head, a rate of 0.001 and batches of 16 none left chance in so few steps.
 Accuracy is on {TEST} test examples, the mean over {len(SEEDS)} seeds with its 95 % interval (Student's t). Chance is 50 for passages, pairs and pathfinder and 10
 for pictures; of ListOps' values the most frequent has about 17. Trainings ran
-side by side, so that their time is CPU time. A step is of {BATCH} examples; peak memory is that of the process with its libraries; what a step at a length takes is further below. The published
-accuracies are of larger models after 5,000 to 62,400 steps on other data: not comparable in level with what a few minutes on two cores reach.
+side by side, so that their time is CPU time. A step is of {BATCH} examples; peak memory is that of the process with its libraries; what a step at a length takes
+is further below. The published accuracies are of larger models after 5,000 to 62,400 steps on other data: not comparable in level with what a few minutes on two cores reach.
 {run_times(table)}
 {picture}
 {tasks}
