@@ -280,7 +280,8 @@ with `perceiver`, `linformer` and `longformer` and one seed: with the first toke
 Accuracy is on {TEST} test examples, the mean over {len(SEEDS)} seeds with its 95 % interval (Student's t). Chance is 50 for passages, pairs and pathfinder and 10
 for pictures; of ListOps' values the most frequent has about 17. Trainings ran
 side by side, so that their time is CPU time. A step is of {BATCH} examples; peak memory is that of the process with its libraries; what a step at a length takes
-is further below. The published accuracies are of larger models after 5,000 to 62,400 steps on other data: not comparable in level with what a few minutes on two cores reach.
+is further below. The published accuracies are of larger models after 5,000 to 62,400 steps on other data: not comparable in level with what a few minutes on
+two cores reach.
 {run_times(table)}
 {picture}
 {tasks}
