@@ -9,12 +9,14 @@ import pytest
 import steps
 import tiny
 import torch
+import transformers
 import work
 from torch import nn
 
-from paretune import anatomy, phases, registry, surgery
+from paretune import anatomy, hub, phases, registry, surgery
 from paretune.errors import Incompatible
 from paretune.methods.adapters.lora import LoRA
+from paretune.methods.transforms.nf4 import NF4
 from paretune.recipe import parse
 from paretune.weights import packed
 from paretune.weights.packed import Packed, PackedEmbedding, PackedLinear, Packing
@@ -127,3 +129,20 @@ def test_one_adapter_per_row_works_on_a_packed_base():
         together = steps.logits(model, "bert")
     torch.testing.assert_close(together, torch.stack([alone[1][0], alone[0][1], alone[1][2]]), rtol=1e-5, atol=1e-6)
     assert any(isinstance(m, PackedLinear) for m in model.modules())
+
+
+def test_more_layers_are_not_looked_over_more_often(monkeypatch, tmp_path):
+    """A model is packed and opened in as many looks over all of it, and as many forms of its tensors, however many maps it has."""
+    looks, forms, record, encode = [], [], hub.record, NF4.encode
+    monkeypatch.setattr(hub, "record", lambda model: looks.append(1) or record(model))
+    monkeypatch.setattr(NF4, "encode", lambda self, weight, *more: forms.append(weight.is_meta) or encode(self, weight, *more))
+    found = []
+    for layers in (2, 8):
+        packed._form.cache_clear()
+        model = phases.shrink(tiny.model("llama", "causal", config={"num_hidden_layers": layers}), "nf4")
+        model.save_pretrained(tmp_path / str(layers))
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(layers))
+        found.append((len(looks), sum(forms), forms.count(False)))
+        looks.clear(), forms.clear()
+    (few, shapes, maps), (more, again, all_maps) = found
+    assert few == more and shapes == again < maps and all_maps - maps == 6 * 7
