@@ -67,9 +67,10 @@ def test_both_forms_are_the_definition(length, window, causal):
 def test_features_are_the_expansion():
     x, y = torch.randn(2, 5, LOW, dtype=torch.float64)
     s = (x * y).sum(-1)
-    assert torch.allclose((taylor.features(x) * taylor.features(y)).sum(-1), taylor.expansion(s))
-    small = torch.linspace(-0.1, 0.1, 9, dtype=torch.float64)
-    assert (taylor.expansion(small) - small.exp()).abs().max() < 0.1**3 / 6 * 1.1  # the third order is what is left out
+    assert torch.allclose((taylor.features(x) * taylor.features(y)).sum(-1), 1 + s + s.square() / 2)
+    assert taylor.features(x).shape[-1] == 1 + LOW + LOW * (LOW + 1) // 2
+    pairs, times = x @ y.T, torch.rand(5, 1, dtype=torch.float64)
+    assert torch.allclose(taylor.expansion(x, y, times=times), (1 + pairs + pairs.square() / 2) * times)
 
 
 def test_large_scores_stay_finite():
@@ -129,7 +130,7 @@ def test_generation_is_the_same_without_cache_with_one_and_from_a_state_of_fixed
         assert torch.equal(other.sequences, found[0].sequences)
         assert torch.allclose(torch.stack(other.logits), torch.stack(found[0].logits), atol=1e-9)
     assert {layer.keys.shape[2] for layer in state.layers} == {2} and state.get_seq_length() == 16
-    assert all(layer.sums.shape[2] == 1 + 3 + 9 for layer in state.layers)
+    assert all(layer.sums.shape[2] == 1 + 3 + 6 for layer in state.layers)
 
 
 def test_beams_take_their_state_along():
@@ -158,8 +159,9 @@ def test_a_bias_by_distance_is_refused():
 
 @pytest.mark.parametrize("length", [16, 32])
 def test_its_products_are_those_that_the_card_declares(length):
-    w, f = 4, 1 + LOW + LOW**2
+    w, pairs = 4, LOW * (LOW + 1) // 2
+    f = 1 + LOW + pairs
     with FlopCounterMode(display=False) as counted:
         taylor.parallel(heads(length), window=w, causal=True)
-    each = 2 * w * (D + LOW) + 2 * w * (D + 1) + 2 * f * (D + 1)  # scores of both kinds, their values, sums in and out
+    each = 2 * w * (D + LOW + 1) + 2 * w * (D + 1) + 2 * f * (D + 1) + 4 * LOW * pairs  # scores of both kinds, their values, sums in and out, features
     assert counted.get_total_flops() == 2 * B * H * length * each

@@ -1,12 +1,14 @@
 """Based's attention: the softmax's own weights within a small window, their second-order Taylor expansion everywhere else.
 
     y_i = Σ_j w_ij v_j / Σ_j w_ij,    w_ij = exp(s_ij) for |i − j| < w,   1 + s'_ij + s'_ij²/2 = φ(q'_i)·φ(k'_j) elsewhere,
-    φ(x) = [1, x, vec(x xᵀ) / √2],    s = scale · q·k,   s' = q'·k'
+    φ(x) = [1, x, x_i x_j for i < j, x_i² / √2],    s = scale · q·k,   s' = q'·k'
 
 What is elsewhere enters through the sums Σ_j φ(k'_j) [v_j, 1]ᵀ, whose size does not grow with the length: the parallel form adds
 them up chunk by chunk, the recurrent form token by token. Arora et al. 2024, arXiv:2402.18668, section 4.
 
-Shapes: B rows, H heads, T queries, S keys, D features of a head, d of a head's features for φ, f = 1 + d + d² of φ.
+The paper's φ has all of vec(x xᵀ) / √2, where each product of two different features stands twice; its inner products are the same.
+
+Shapes: B rows, H heads, T queries, S keys, D features of a head, d of a head's features for φ, f = 1 + d + d (d + 1) / 2 of φ.
 """
 
 from __future__ import annotations
@@ -39,14 +41,19 @@ def counted(value: Tensor, real: Tensor) -> Tensor:
 
 
 def features(x: Tensor) -> Tensor:
-    """φ: (..., d) to (..., 1 + d + d²), so that φ(x)·φ(y) = 1 + x·y + (x·y)²/2."""
-    square = (x[..., :, None] * x[..., None, :]).flatten(-2) / 2**0.5
-    return torch.cat([torch.ones_like(x[..., :1]), x, square], -1)
+    """φ: (..., d) to (..., f), so that φ(x)·φ(y) = 1 + x·y + (x·y)²/2."""
+    size = x.shape[-1]
+    i, j = torch.triu_indices(size, size, device=x.device)
+    one = torch.eye(size, dtype=x.dtype, device=x.device)
+    left, right = one[:, i], one[:, j] * torch.where(i == j, 0.5**0.5, 1.0).to(x.dtype)  # products gather faster than indices do, above all backward
+    return torch.cat([torch.ones_like(x[..., :1]), x, (x @ left) * (x @ right)], -1)
 
 
-def expansion(s: Tensor) -> Tensor:
-    """1 + s + s²/2, which is exp(s) up to the third order, and never under 1/2."""
-    return 1 + s + s.square() / 2
+def expansion(low_query: Tensor, low_key: Tensor, *, times: Tensor) -> Tensor:
+    """(1 + s' + s'²/2) times (..., T, 1): (..., T, S); without its factor it is exp(s') up to the third order, and never under 1/2."""
+    half = (times / 2).sqrt()
+    first = torch.cat([low_query, torch.ones_like(low_query[..., :1])], -1) * half
+    return (first @ torch.cat([low_key, torch.ones_like(low_key[..., :1])], -1).transpose(-1, -2)).square() + half.square()  # ((s' + 1)² + 1) / 2
 
 
 def pairwise(heads: Heads, *, window: int, causal: bool, state: Tensor | None = None) -> Tensor:
@@ -95,7 +102,7 @@ def _weights(query: Tensor, key: Tensor, low_query: Tensor, low_key: Tensor, *, 
     scores = (query @ key.transpose(-1, -2)).masked_fill(~near, -torch.inf)
     top = scores.detach().amax(-1, keepdim=True).clamp(min=0)
     least = torch.exp(-top)
-    return torch.exp(scores - top) + far * expansion(low_query @ low_key.transpose(-1, -2)) * least, least
+    return torch.exp(scores - top) + far * expansion(low_query, low_key, times=least), least
 
 
 def _normalized(out: Tensor) -> Tensor:

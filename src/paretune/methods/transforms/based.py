@@ -37,12 +37,12 @@ class Based(AttentionTransform):
         arxiv="2402.18668",
         equation="w = exp(q·k) in the window, 1 + q·k + (q·k)²/2 elsewhere",
         lowers="E",
-        why="A causal head takes n · (4 window + 2 f) · D products and some for the scores of d features, f = 1 + d + d², in place of 2 n² D, and memory as n; "
-        "a language model generates with a state of f · (D + 1) numbers a head.",
-        note="Takes more products than attention below 2 window + f tokens. Inputs of at most `window` tokens give what they gave before. "
+        why="A causal head takes n · ((4 window + 2 f) · D + 2 d² (d + 1)) products and some for the scores of d features, f = 1 + d + d (d + 1) / 2, "
+        "in place of 2 n² D, and memory as n; a language model generates with a state of f · (D + 1) numbers a head.",
+        note="Takes more products than attention below 2 window + f + d² (d + 1) / D tokens. Inputs of at most `window` tokens give what they gave before. "
         "The expansion is near exp for small scores alone, so longer ones ask for a training phase after it. "
         "Attention weights have no dropout. `fixed_state(model)` is the cache of fixed size for `generate`. Opens with transformers and paretune. "
-        "From 1,024 to 4,096 tokens a training step's CPU time grew as n^1.3, full attention's as n^1.8 (docs/long_range.md).",
+        "From 1,024 to 4,096 tokens a training step's CPU time grew as n^1.0, full attention's as n^1.8 (docs/long_range.md).",
     )
 
     window: int = knob(64, "tokens on each side, the token itself counted, that have the softmax's weights", low=1, search="16..256 log")
