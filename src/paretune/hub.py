@@ -108,7 +108,8 @@ def rebuild(model: Any, wanted: dict[str, Any]) -> None:
     for item in wanted.get("resized", ()):
         maps.resize(model.get_submodule(item["path"]), item["sizes"])
     formats = {text: _method(text) for text in {item["method"] for item in wanted["packed"]}}
-    surgery.replace(model, ((item["path"], formats[item["method"]].empty(model.get_submodule(item["path"]))) for item in wanted["packed"]))
+    if formats:
+        surgery.replace(model, ((item["path"], formats[item["method"]].empty(model.get_submodule(item["path"]))) for item in wanted["packed"]))
     here = surgery.state(model)
     here.tokenizer = wanted.get("tokenizer") or here.tokenizer
     for name, methods in wanted["adapters"].items():
