@@ -83,10 +83,15 @@ def test_near_tokens_share_a_bucket_more_often_than_others():
     assert (one == two).float().mean() > 0.7 > 0.2 > (one == two.roll(1, -1)).float().mean()
 
 
-def test_gradients_are_those_of_differences():
-    x, v, R = tensors(6)
+@pytest.mark.parametrize("length, size", [(6, 2), (8, 3)])
+def test_gradients_and_theirs_are_those_of_differences(length, size):
+    x, v, R = tensors(length)
     x, v = (t[1:, :1].clone().requires_grad_(True) for t in (x, v))
-    assert torch.autograd.gradcheck(lambda x, v: reformer.attention(x, v, R=R, size=2, real=padded(6, 1)[1:]), (x, v))
+
+    def attend(x, v):
+        return reformer.attention(x, v, R=R, size=size, real=padded(length, 1)[1:])
+
+    assert torch.autograd.gradcheck(attend, (x, v)) and torch.autograd.gradgradcheck(attend, (x, v))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

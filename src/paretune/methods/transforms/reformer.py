@@ -13,6 +13,7 @@ Shapes: B rows, H heads, T tokens, D features of a head, r rounds, C chunks of c
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,16 +86,9 @@ def attention(x: Tensor, value: Tensor, *, R: Tensor, size: int, real: Tensor) -
     """o (B, H, T, D) for shared queries and keys x and values, each (B, H, T, D), where `real` (B, T) is no padding."""
     found = buckets(x, R, size=size, real=real)  # (B, H, r, T)
     order = (found * x.shape[2] + torch.arange(x.shape[2], device=x.device)).argsort(-1)
-    query = _chunked(x, order, size)  # (B, H, r, C, c, D)
-    key, values = beside(F.normalize(query, dim=-1), back=1), beside(_chunked(value, order, size), back=1)
-    scores = (query @ key.transpose(-1, -2)).add_(_bias(order, found=found, size=size, dtype=x.dtype))
-    top = scores.detach().amax(-1, keepdim=True)
-    weights = (scores - top).exp_()  # the one exponential, for the softmax and for z
-    total = weights.sum(-1, keepdim=True)
-    out, z = weights @ values / total, top + total.log()
-    back = order.argsort(-1)[..., None]
-    out, z = (t.flatten(3, 4)[..., : x.shape[2], :].gather(3, back.expand(*back.shape[:-1], t.shape[-1])) for t in (out, z))
-    return (torch.softmax(z, 2) * out).sum(2)
+    own = chunks(found.gather(-1, order)[..., None].short() + 1, size)  # (B, H, r, C, c, 1), zero beyond the end
+    hidden = own != beside(own, back=1).transpose(-1, -2)  # (B, H, r, C, c, 2c)
+    return _Rounds.apply(x, F.normalize(x, dim=-1), value, order, hidden)
 
 
 def buckets(x: Tensor, R: Tensor, *, size: int, real: Tensor) -> Tensor:
@@ -109,18 +103,56 @@ def buckets(x: Tensor, R: Tensor, *, size: int, real: Tensor) -> Tensor:
     return found.masked_fill(~real[:, None, None], 2 * R.shape[-1])
 
 
-def _chunked(x: Tensor, order: Tensor, size: int) -> Tensor:
-    """(B, H, T, D) in the order of each round, in chunks: (B, H, r, C, c, D)."""
-    rounds = order.shape[2]
-    wide = x[:, :, None].expand(-1, -1, rounds, -1, -1)
-    return chunks(wide.gather(3, order[..., None].expand_as(wide)), size)
+class _Rounds(torch.autograd.Function):
+    """Softmax over what all rounds find, (B, H, T, D), by each round's own softmax w and its share p of the whole.
+
+        w_ij = exp(s_ij − z_i^r),    p_i = exp(z_i^r − z_i),    o_i = Σ_r p_i Σ_j w_ij v_j,
+        ∂L/∂v_j = Σ_r Σ_i w_ij p_i g_i,    ∂L/∂s_ij = w_ij (p_i g_i·v_j − p_i g_i·o_i),    g = ∂L/∂o
+
+    Orders are permutations, so that the gradient of sorting is sorting back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, order: Tensor, hidden: Tensor) -> Tensor:
+        out, *found = _softmax(query, key, value=value, order=order, hidden=hidden)
+        ctx.save_for_backward(query, key, value, order, hidden, out, *found)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, order, hidden, out, q, k, v, weights, share = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a derivative of this one is wanted, too
+            again = _softmax(*inputs[:2], value=inputs[2], order=order, hidden=hidden)[0]
+            return *torch.autograd.grad(again, inputs, grad, create_graph=True), None, None
+        back, shares = order.argsort(-1)[..., None], share.gather(-1, order)[..., None]
+        both = torch.cat([grad, (grad * out).sum(-1, keepdim=True)], -1)[:, :, None]  # g and g·o
+        part, whole = chunks(_rows(both, order[..., None]) * shares, weights.shape[-2]).split([grad.shape[-1], 1], -1)
+        scores = (part @ v.transpose(-1, -2)).sub_(whole).mul_(weights)
+        in_order = scores @ k, _together(scores.transpose(-1, -2) @ q), _together(weights.transpose(-1, -2) @ part)
+        return *(_rows(t.flatten(3, 4), back).sum(2) for t in in_order), None, None
 
 
-def _bias(order: Tensor, *, found: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """What is added to scores (B, H, r, C, c, 2c): with the token itself it comes last, other buckets and places beyond the ends never."""
-    about = torch.stack([order, found.gather(-1, order)], -1) + 1  # place and bucket, zero beyond the ends
-    own = chunks(about, size)
-    near = beside(own, back=1)
-    (place, bucket), (other, its) = own[..., None, :].unbind(-1), near[..., None, :, :].unbind(-1)
-    hidden = bucket != its
-    return torch.zeros(hidden.shape, dtype=dtype, device=order.device).masked_fill_(place == other, SELF).masked_fill_(hidden, NEVER)
+def _softmax(query: Tensor, key: Tensor, *, value: Tensor, order: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+    """o; the sorted q, k and v (B, H, r, C, c or 2c, D), their w (B, H, r, C, c, 2c); p (B, H, r, T)."""
+    size, back = hidden.shape[-2], order.argsort(-1)
+    own = chunks(order[..., None], size)
+    near = beside(own, back=1)  # beyond the ends stands the first token, hidden
+    q, k, v = (_rows(t[:, :, None], at) for t, at in ((query, own), (key, near), (value, near)))
+    scores = (q @ k.transpose(-1, -2)).masked_fill_(hidden, NEVER)
+    scores.diagonal(offset=size, dim1=-2, dim2=-1).add_(SELF)  # a chunk's own tokens come last
+    weights = scores.softmax(-1)
+    z = (scores.amax(-1) - weights.amax(-1).log()).flatten(3)  # the greatest weight is exp(top − z)
+    share = z[..., : order.shape[-1]].gather(-1, back).softmax(2)
+    return (share[..., None] * _rows((weights @ v).flatten(3, 4), back[..., None])).sum(2), q, k, v, weights, share
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Whole rows of x (B, H, r or 1, ≥ T, D), by each round's index (B, H, r, ..., 1): (B, H, r, ..., D)."""
+    begins = torch.arange(0, x.shape[:-1].numel(), x.shape[-2], device=x.device).view(*x.shape[:3], *[1] * (index.dim() - 3))
+    return x.reshape(-1, x.shape[-1]).index_select(0, (begins + index).flatten()).view(*index.shape[:-1], -1)
+
+
+def _together(x: Tensor) -> Tensor:
+    """What a chunk and the one behind it have for the chunk (..., C, 2c, D), added up: (..., C, c, D)."""
+    before, own = x.chunk(2, -2)
+    return torch.cat([own[..., :-1, :, :] + before[..., 1:, :, :], own[..., -1:, :, :]], -3)
