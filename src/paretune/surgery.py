@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -85,7 +86,10 @@ def _check_name(name: str, here: State) -> None:
 
 def share(model: nn.Module, name: str, *, method: Adapter) -> None:
     """Puts what the patches of a method share at the seam of the whole model, where no dropped layer takes it along."""
-    module = None if seams.shared_by(model, name, method=method) else method.shared(model)
+    if seams.shared_by(model, name, method=method):
+        return
+    with _for_values(model):
+        module = method.shared(model)
     if module is not None:
         module.method = method
         module.to(next(model.parameters()).device).train(model.training)
@@ -94,7 +98,8 @@ def share(model: nn.Module, name: str, *, method: Adapter) -> None:
 
 def install(model: nn.Module, name: str, *, method: Adapter, site: Site, key: str | None = None) -> Patch:
     """Puts one patch of a method at one site; `attach` does it for all, and checks first."""
-    patch = method.patch(site)
+    with _for_values(model):
+        patch = method.patch(site)
     module = model.get_submodule(site.path)
     patch.method = method
     patch.borrow(seams.shared_by(model, name, method=method))
@@ -105,6 +110,12 @@ def install(model: nn.Module, name: str, *, method: Adapter, site: Site, key: st
         source = seams.open_seam(model.get_submodule(site.source), working=True)
         source.captures = tuple(dict.fromkeys((*source.captures, (name, waits))))
     return patch
+
+
+def _for_values(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Makes modules without values for a model without values; else on the CPU, so that first values are the same on every device."""
+    device = next(model.parameters()).device
+    return device if device.type == "meta" else contextlib.nullcontext()
 
 
 def select(model: nn.Module, name: str, *, key: str, parameters: Sequence[str]) -> None:

@@ -44,13 +44,10 @@ def seven_billion():
 @pytest.mark.parametrize("recipe", ["lora(r=8)", 'lora(r=8, targets="linear")', "adapter", "ia3", "prefix"])
 def test_attaching_to_seven_billion_weights_takes_less_than_a_second(recipe, seven_billion):
     pt.adapt(work.ready("llama", "causal"), recipe)  # what is imported on first use
-    for _ in range(3):  # a neighbor on the machine slows one down
-        model = seven_billion()
-        begun = time.process_time()
-        pt.adapt(model, recipe)
-        took = time.process_time() - begun
-        if took < BESIDE_S:
-            break
+    model = seven_billion()
+    begun = time.process_time()
+    pt.adapt(model, recipe)
+    took = time.process_time() - begun
     learning = [p for p in model.parameters() if p.requires_grad]
     assert learning and all(p.is_meta for p in learning) and took < BESIDE_S
 
