@@ -208,7 +208,18 @@ def of_task(table: Table, name: str) -> str:
         rows.append([f"`{spelled}`" if spelled else method, cells.mean_interval(found), cells.mean(paces, "steps_per_cpu_s", digits=2),
                      cells.mean(found, "train_peak_mb"), cells.mean(found, "train_cpu_s"), *(cells.mean(f, "step_cpu_s", digits=2) for f in steps), known])  # fmt: skip
     here, filled = ARENA[name], cells.markdown(head, rows)
-    return f"## {name.capitalize()}\n\nAt most {here.longest:,} tokens; {here.train:,} training examples at most, seen {here.epochs:g} times.\n\n{filled}"
+    told = f"At most {here.longest:,} tokens; {here.train:,} training examples at most, seen {here.epochs:g} times. {learned(table, name)}"
+    return f"## {name.capitalize()}\n\n{told}\n\n{filled}"
+
+
+def learned(table: Table, name: str) -> str:
+    """A sentence on which methods learned a task at all."""
+    runs = {m: [f for f in of_seeds(table, m, name) if f] for m in METHODS}
+    if not any(runs.values()):
+        return "No method was trained on it yet."
+    able = [m for m, found in runs.items() if found and all(f["score_low"] > ARENA[name].chance for f in found)]
+    chance = f"Chance is {100 * ARENA[name].chance:.0f} %; the 95 % interval of every run's score is above it for"
+    return f"{chance} {', '.join(able)}." if able else f"{chance} no method, so that the table compares nothing but cost."
 
 
 def run_times(table: Table) -> str:
@@ -277,8 +288,7 @@ def page(table: Table) -> str:
 One encoder of {SMALL["num_hidden_layers"]} layers, width {SMALL["hidden_size"]} and {SMALL["num_attention_heads"]} heads, trained from nothing in fp32, its head on
 the mean over tokens; all methods with the same rate ({LR}), batches of {BATCH}, examples and epochs. They were chosen by some twenty runs on passages and pictures
 with `perceiver`, `linformer` and `longformer` and one seed: with the first token's head, a rate of 0.001 and batches of 16 none left chance in so few steps.
-Accuracy is on {TEST} test examples, the mean over {len(SEEDS)} seeds with its 95 % interval (Student's t). Chance is 50 for passages, pairs and pathfinder and 10
-for pictures; of ListOps' values the most frequent has about 17. Trainings ran
+Accuracy is on {TEST} test examples at most, the mean over {len(SEEDS)} seeds with its 95 % interval (Student's t). Trainings ran
 side by side, so that their time is CPU time. A step is of {BATCH} examples; peak memory is that of the process with its libraries; what a step at a length takes
 is further below. The published accuracies are of larger models after 5,000 to 62,400 steps on other data: not comparable in level with what a few minutes on
 two cores reach.
