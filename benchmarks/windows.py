@@ -239,8 +239,9 @@ A window of {WINDOW} keys on each side against fused attention over all pairs: f
 {rounds} rounds, of CPU time with one thread and by the clock with more; a ratio above 1 is how many times less the way takes than all pairs beside it, with its
 range. `all pairs, again` is the A/A control.
 
-`longformer` is what users get: all pairs where the window hides nothing, all pairs with a mask below the length at which a probe finds chunks to be faster than
-that (`dense_below`), and chunks from there on. `chunks` are those of `paretune.attention.windows` at every length.
+`longformer` is what users get with `global_tokens=0`, and beside it with the one global token that is the default: all pairs where the window
+hides nothing, all pairs with a mask below the length at which a probe finds chunks to be faster than that (`dense_below`), and chunks from there on.
+`chunks` are those of `paretune.attention.windows` at every length.
 
 ## What was aimed at
 

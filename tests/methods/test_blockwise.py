@@ -41,7 +41,7 @@ def test_shares_of_heads_are_dealt_out():
     assert Blockwise(blocks=3, local=0.5).shifts(8) == [0, 0, 0, 0, 1, 2, 1, 2]
     assert Blockwise(blocks=2, local=10 / 12).shifts(12) == [0] * 10 + [1] * 2  # the paper's 10:2
     assert Blockwise(blocks=1).shifts(4) == [0] * 4
-    with pytest.raises(RecipeError, match="equal groups"):
+    with pytest.raises(Incompatible, match="equal groups"):
         Blockwise(permutations="0,1,1").shifts(4)
     with pytest.raises(RecipeError, match="whole numbers"):
         Blockwise(permutations="0,-1")

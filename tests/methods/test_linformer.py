@@ -10,10 +10,11 @@ import work
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from paretune import anatomy, phases, seams
+from paretune import anatomy, inference, phases, seams
 from paretune.errors import Incompatible
 from paretune.methods.adapters.full import Full
-from paretune.methods.transforms.linformer import Linformer, mean_of_runs, shares
+from paretune.methods.transforms.keep_layers import KeepLayers
+from paretune.methods.transforms.linformer import Linformer, Mixtures, mean_of_runs, shares
 
 
 def changed(family: str = "bert", **knobs):
@@ -21,7 +22,7 @@ def changed(family: str = "bert", **knobs):
 
 
 def tables(model):
-    return next(m for _, _, m in seams.seam_of(model).shared())
+    return torch.nn.ModuleList(m for m in model.modules() if isinstance(m, Mixtures))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "vit"])
@@ -34,9 +35,8 @@ def test_as_many_mixtures_as_tokens_are_the_backbone(family):
 def test_it_is_the_papers_equation_at_full_length():
     """The attention of a layer by hand, from its own queries, keys and values, with random E and F for each head."""
     model = changed("vit", k=3, share="none")
-    shared = tables(model)
     with torch.no_grad():
-        for p in shared.parameters():
+        for p in tables(model).parameters():
             p.normal_()
     seen = {}
     site = anatomy.resolve(model, "attention_call", kind="call")[0]
@@ -51,7 +51,7 @@ def test_it_is_the_papers_equation_at_full_length():
     patch.compute = watch
     steps.logits(model, "vit")
     q, k, v = (t.double() for t in (seen["call"].query, seen["call"].key, seen["call"].value))
-    E, F = (t.double() for t in shared.of(0))
+    E, F = (t.double() for t in tables(model)[0].parameters())
     for h in range(q.shape[1]):
         wanted = torch.softmax(q[:, h] @ (E[h] @ k[:, h]).transpose(1, 2) / q.shape[-1] ** 0.5, -1) @ (F[h] @ v[:, h])
         assert torch.allclose(seen["out"][:, :, h].double(), wanted, atol=1e-5)
@@ -98,10 +98,19 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(Incompatible, match="put max_length before it"):
         changed(k=2, length=8)
     model = changed(k=2)
-    for name in ("E", "F"):
-        tables(model).tables[name]["0"] = torch.nn.Parameter(mean_of_runs(2, length=8)[None])  # as of a model without a limit
+    tables(model)[0].E = torch.nn.Parameter(mean_of_runs(2, length=8)[None])  # as of a model without a limit
     with pytest.raises(Incompatible, match="9 tokens"):
         model(**tiny.inputs("bert", length=9))
+    with pytest.raises(Incompatible, match="padding in front of its text"):
+        changed(k=2)(**tiny.inputs("bert", batch=1, length=3) | {"attention_mask": torch.tensor([[0, 1, 1]])})
+
+
+@pytest.mark.parametrize("share", ["none", "layerwise"])
+def test_without_a_layer_it_is_saved_and_opened(share, tmp_path):
+    model = phases.shrink(changed(k=4, share=share), KeepLayers(layers="1"), None)
+    phases.save_model(model, tmp_path)
+    again = inference.open_model(tmp_path, work.task("bert"))
+    torch.testing.assert_close(steps.logits(again, "bert"), steps.logits(model, "bert"))
 
 
 @pytest.mark.parametrize("length", [16, 48])

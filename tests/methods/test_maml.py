@@ -9,7 +9,7 @@ import torch
 import work
 from torch.nn import functional as F
 
-from paretune import episodes, surgery, training
+from paretune import episodes, phases, surgery, training
 from paretune.errors import RecipeError
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
@@ -113,6 +113,16 @@ def test_it_learns_in_the_loop(method, order):
     learned = {n for n, p in steps.parameters(model).items() if not torch.equal(p, before[n])}
     assert learned and learned <= steps.learning(model).keys() and fit.attention == ("eager" if order == 2 else "")
     assert model.config._attn_implementation == work.ready("bert").config._attn_implementation
+
+
+@pytest.mark.parametrize("attention", ["based", "blockwise", "linformer", "longformer", "perceiver", "reformer"])
+def test_attention_by_other_means_has_a_second_derivative(attention):
+    model = phases.shrink(work.ready("bert"), work.biting(attention), None)
+    surgery.attach(model, [LoRA(r=2, targets="query")])  # in the first layer nothing but queries learns
+    before = steps.parameters(model)
+    work.fitted(model, work.text_task(), MAML(order=2, ways=2, shots=2, queries=2))
+    learned = {n for n, p in steps.parameters(model).items() if not torch.equal(p, before[n])}
+    assert any("query" in n for n in learned) and all(p.isfinite().all() for p in model.parameters())
 
 
 def test_a_start_learned_over_episodes_is_adapted_in_a_step():

@@ -169,20 +169,29 @@ def padding(call: Call, *, by: Transform) -> Tensor | None:
     Raises:
         Incompatible: for a mask that says more than that, such as several texts in one row.
     """
-    if call.mask is None:
-        return None
-    seen = visible(call.mask)[:, 0]  # (B or 1, T, S)
+    return None if call.mask is None else tokens_of(call.mask, causal=is_causal(call), by=by)
+
+
+def tokens_of(mask: Tensor, *, causal: bool, by: Transform) -> Tensor | None:
+    """`padding` of a mask (B or 1, 1, T, S) alone."""
+    seen = visible(mask)[:, 0]  # (B or 1, T, S)
     keys = seen[:, -1]  # the last query sees every token
     if seen.stride(1) != 0 and seen.shape[1] > 1:
         queries, count = seen.shape[1:]
         plain = keys[:, None, :]
-        if is_causal(call):
+        if causal:
             plain = plain & torch.ones(queries, count, dtype=torch.bool, device=seen.device).tril(count - queries)
         if not torch.equal(seen, plain.expand_as(seen)):  # rows that see nothing (padding before the text) stay as they are
             differs = (seen != plain) & seen.any(-1, keepdim=True)
             if differs.any():
                 raise Incompatible(f"{by!r}: the attention mask says more than which tokens are padding; give one text per row and a 2-D attention_mask")
     return None if bool(keys.all()) else keys
+
+
+def require_text_first(keep: Tensor, *, by: Transform) -> None:
+    """Refuses, with Incompatible, padding in front of a text, for what goes by a token's place; `keep` (B, S) is True where tokens are."""
+    if bool((~keep[:, 0] & keep.any(-1)).any()):
+        raise Incompatible(f'{by!r}: a row has padding in front of its text, where the first tokens\' places are; pad behind it, as with tokenizer.padding_side="right"')
 
 
 def without_room(call: Call) -> Call:
@@ -248,7 +257,8 @@ def _hides_none(call: Call) -> bool:
 
 def require_encoder(model: nn.Module, *, by: Transform, why: str) -> None:
     """Refuses a model whose tokens must not see later ones, with the reason why this attention shows them."""
-    if {layer.stack for layer in anatomy.layers(model)} != {"encoder"}:
+    calls = attention.sites(model, "self.attention_call", asked_by=repr(by))
+    if {site.stack for site in calls} != {"encoder"} or any(hides_later(model, site) for site in calls):  # a BERT may be a decoder
         raise Incompatible(f"{by!r}: {type(model).__name__} is causal in all layers or in some, and {why}; use it on an encoder such as BERT or ViT")
 
 

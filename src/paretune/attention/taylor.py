@@ -62,7 +62,11 @@ def pairwise(heads: Heads, *, window: int, causal: bool, state: Tensor | None = 
     i = torch.arange(keys - queries, keys, device=heads.key.device)[:, None]
     j = torch.arange(keys, device=heads.key.device)
     near, far = _kinds(i - j, window=window, causal=causal)
-    weights, least = _weights(heads.query, heads.key, heads.low_query, heads.low_key, near=near & heads.real[..., None, :], far=far)
+    real = heads.real[..., None, :]
+    some = (far & real).any(-1, keepdim=True)
+    if state is not None:
+        some = some | _counts(state)
+    weights, least = _weights(heads.query, heads.key, heads.low_query, heads.low_key, near=near & real, far=far, some=some)
     out = weights @ heads.value
     return _normalized(out if state is None else out + features(heads.low_query) * least @ state)
 
@@ -73,13 +77,12 @@ def parallel(heads: Heads, *, window: int, causal: bool) -> Tensor:
     key, value, low_key = (chunks(x, window) for x in (heads.key, heads.value, heads.low_key))
     own = places(length, window, like=key)
     near, far = _kinds(own[:, :, None] - (seen := places_beside(length, window, **around, like=key))[:, None], window=window, causal=causal)
-    real = beside(chunks(heads.real[..., None].to(value.dtype), window), **around)[..., 0].bool()  # (B, 1, C, L)
-    query, low_query = chunks(heads.query, window), chunks(heads.low_query, window)
-    weights, least = _weights(
-        query, beside(key, **around), low_query, beside(low_key, **around), near=near & (seen >= 0)[:, None] & real[..., None, :], far=far
-    )
+    real = beside(chunks(heads.real[..., None].to(value.dtype), window), **around)[..., 0].bool()[..., None, :]  # (B, 1, C, 1, L)
     sums = features(low_key).transpose(-1, -2) @ value  # (B, H, C, f, D + 1)
     distant = _before(sums) if causal else _before(sums) + _before(sums.flip(2)).flip(2)
+    some = (far & real).any(-1, keepdim=True) | _counts(distant)
+    query, low_query = chunks(heads.query, window), chunks(heads.low_query, window)
+    weights, least = _weights(query, beside(key, **around), low_query, beside(low_key, **around), near=near & (seen >= 0)[:, None] & real, far=far, some=some)
     out = weights @ beside(value, **around) + features(low_query) * least @ distant
     return _normalized(out).flatten(2, 3)[:, :, :length]
 
@@ -97,11 +100,17 @@ def _kinds(distance: Tensor, *, window: int, causal: bool) -> tuple[Tensor, Tens
     return (near & (distance >= 0), distance >= window) if causal else (near, ~near)
 
 
-def _weights(query: Tensor, key: Tensor, low_query: Tensor, low_key: Tensor, *, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
-    """w_ij e^(-m_i) (..., T, S), and e^(-m_i) (..., T, 1), where m_i is the largest exponent, which keeps the sums finite."""
+def _counts(sums: Tensor) -> Tensor:
+    """Is any token in the sums (..., f, D + 1), whose first feature and last value are ones? (..., 1, 1)"""
+    return sums[..., :1, -1:] > 0
+
+
+def _weights(query: Tensor, key: Tensor, low_query: Tensor, low_key: Tensor, *, near: Tensor, far: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+    """w_ij e^(-m_i) (..., T, S), and e^(-m_i) (..., T, 1), where m_i is the largest exponent, and of a query that sees `some` far key at least 0: sums are finite."""
     scores = (query @ key.transpose(-1, -2)).masked_fill(~near, -torch.inf)
-    top = scores.detach().amax(-1, keepdim=True).clamp(min=0)
-    least = torch.exp(-top)
+    top = scores.detach().amax(-1, keepdim=True)
+    floored = top.clamp(min=0)
+    least, top = torch.exp(-floored), torch.where(some | top.isinf(), floored, top)
     return torch.exp(scores - top) + far * expansion(low_query, low_key, times=least), least
 
 

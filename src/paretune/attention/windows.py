@@ -326,7 +326,9 @@ class _Layout:
         said = mask[:, rows[..., None], self.columns.clamp_min(0)[..., None, :]]
         said = said.transpose(0, 1) if self.rows.dim() == 2 else said[None]
         low = lowest(self.bias.dtype)
-        return self.bias.masked_fill(~said, low) if said.dtype == torch.bool else said.to(self.bias.dtype).masked_fill(self.bias < 0, low)
+        if said.dtype == torch.bool:
+            return self.bias.masked_fill(~said, low)
+        return said.to(self.bias.dtype).clamp_min(low).masked_fill(self.bias < 0, low)  # fp32's lowest number is -inf in bf16, of which a row makes NaN
 
 
 def _layout(band: Band, rows: Tensor, *, columns: Tensor, dtype: torch.dtype) -> _Layout:

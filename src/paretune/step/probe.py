@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paretune import anatomy, seams
 from paretune.meters import clock, system
@@ -186,6 +187,8 @@ def paced(model: nn.Module, pace: Pace, *, dropout: bool = True) -> Iterator[Non
         if pace.attention and pace.attention != own:
             model.set_attn_implementation(pace.attention)
             undo.callback(model.set_attn_implementation, own)
+        if pace.attention == "eager":  # what calls fused attention by itself, as a window does, is written out, too
+            undo.enter_context(sdpa_kernel(SDPBackend.MATH))
         if pace.attention.startswith(packing.PREFIX):
             undo.enter_context(packing.rows(model))
         if pace.dtype == "bf16":

@@ -81,9 +81,15 @@ class TaylorAttention(Replacement):
         for own, found in zip((self.P_q, self.P_k), nearest(query, key, features=self.P_q.shape[-1]), strict=True):
             own.copy_(found)
 
+    def attend(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
+        try:
+            return super().attend(attend, call)
+        finally:
+            self.recurrent = None
+
     def compute(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
         efficient.refuse_further(call, by=self.method)
-        state, self.recurrent = self.recurrent, None
+        state = self.recurrent
         queries, keys = call.query.shape[2], call.key.shape[2]
         if state is None and keys <= self.window:
             return attend(call)
@@ -189,9 +195,11 @@ def fixed_state(model: nn.Module) -> Cache:
     """A cache of fixed size for one call of `generate(..., past_key_values=fixed_state(model))`, for one batch.
 
     Raises:
-        Incompatible: for a model whose attention `based` has not replaced.
+        Incompatible: for a model whose attention `based` has not replaced, and for one that reads by an encoder.
     """
     patches = [p for _, _, seam in seams.seams_of(model) for _, _, p in seam.patches([seams.ATTENTION]) if isinstance(p, TaylorAttention)]
     if not patches:
         raise Incompatible(f"{type(model).__name__} has no attention of fixed state; apply based first: paretune.shrink(model, Based())")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise Incompatible(f"{type(model).__name__} keeps keys of its encoder, too, which have no place in a fixed state; generate without past_key_values")
     return Cache(layers=[Recurrent(patch) for patch in patches])

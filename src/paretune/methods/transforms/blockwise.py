@@ -18,7 +18,7 @@ from paretune.anatomy import Site
 from paretune.attention import Attend, Call, efficient
 from paretune.attention.efficient import AttentionTransform, Replacement
 from paretune.card import Card, knob
-from paretune.errors import RecipeError
+from paretune.errors import Incompatible, RecipeError
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -50,12 +50,12 @@ class Blockwise(AttentionTransform):
         """shift_h of every head.
 
         Raises:
-            RecipeError: for a list that does not make equal groups of the heads.
+            Incompatible: for a list that does not make equal groups of the heads.
         """
         if self.permutations != "per-head":
             listed = [int(word) for word in self.permutations.split(",")]
             if heads % len(listed):
-                raise RecipeError(f"{self!r}: {heads} heads do not make {len(listed)} equal groups; list as many shifts as divide {heads}")
+                raise Incompatible(f"{self!r}: {heads} heads do not make {len(listed)} equal groups; list as many shifts as divide {heads}")
             return [shift for shift in listed for _ in range(heads // len(listed))]
         local = max(1, round(self.local * heads)) if self.blocks > 1 else heads
         return [0] * local + [1 + i % (self.blocks - 1) for i in range(heads - local)]

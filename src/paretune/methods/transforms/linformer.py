@@ -11,6 +11,7 @@ section 4; its figure of singular values by layer and head is `paretune analyze 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,29 +67,21 @@ class Linformer(AttentionTransform):
         return dataclasses.replace(self, length=longest).apply(model, examples)
 
     def shared(self, model: nn.Module) -> nn.Module | None:
-        return Mixtures(self, self.sites(model))
+        return Mixtures(self, heads=1) if self.share == "layerwise" else None
 
     def patch(self, site: Site) -> Projected:
-        return Projected(site)
+        return Projected(site, self)
 
 
 class Mixtures(nn.Module):
-    """E and F of all layers, each (1 or H, k, n), for those who share them."""
+    """E and F, each (1 or H, k, n); None for F where it is E."""
 
-    def __init__(self, knobs: Linformer, sites: list[Site]) -> None:
+    def __init__(self, knobs: Linformer, *, heads: int) -> None:
         super().__init__()
         assert knobs.length is not None
         means = mean_of_runs(min(knobs.k, knobs.length), length=knobs.length)
-        heads = {str(site.layer): site.heads if knobs.share == "none" else 1 for site in sites}
-        owners = {"all": 1} if knobs.share == "layerwise" else heads
-        names = ("E", "F") if knobs.share in ("none", "headwise") else ("E",)
-        self.tables = nn.ModuleDict({name: nn.ParameterDict({o: nn.Parameter(means.repeat(h, 1, 1)) for o, h in owners.items()}) for name in names})
-
-    def of(self, layer: int | None) -> tuple[Tensor, Tensor]:
-        """E and F of one layer."""
-        E, F = (self.tables[name] for name in ("E", "F" if "F" in self.tables else "E"))
-        owner = "all" if "all" in E else str(layer)
-        return E[owner], F[owner]
+        self.E = nn.Parameter(means.repeat(heads, 1, 1))
+        self.F = nn.Parameter(means.repeat(heads, 1, 1)) if knobs.share in ("none", "headwise") else None
 
 
 def mean_of_runs(k: int, *, length: int) -> Tensor:
@@ -103,16 +96,22 @@ class Projected(Replacement):
 
     method: Linformer
 
+    def __init__(self, site: Site, knobs: Linformer) -> None:
+        super().__init__(site)
+        self.mixtures = None if knobs.share == "layerwise" else Mixtures(knobs, heads=site.heads if knobs.share == "none" else 1)
+
     def compute(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
         efficient.refuse_further(call, by=self.method)
-        assert self.shared is not None and self.site is not None
-        E, F_ = self.shared.of(self.site.layer)  # type: ignore[operator]
+        mixtures: Any = self.shared if self.mixtures is None else self.mixtures
+        E, F_ = mixtures.E, mixtures.E if mixtures.F is None else mixtures.F
         keys, longest = call.key.shape[2], E.shape[-1]
         if keys > longest:
             raise Incompatible(f"{self.method!r}: an input has {keys} tokens, and the mixtures are of {longest}; cut it, or give a larger length")
         key, value = efficient.repeated(call)
         keep = efficient.padding(call, by=self.method)
         bias = None
+        if keep is not None:
+            efficient.require_text_first(keep, by=self.method)
         if keep is not None or keys < longest:
             real = key.new_ones(1, keys) if keep is None else keep.to(key.dtype)
             key, value = (x * real[:, None, :, None] for x in (key, value))

@@ -147,6 +147,8 @@ class Window(Replacement):
         out, weights = windows.attention(attend, call, bands=bands, dense_below=self.method.dense_below or 0, by=self.method)
         if not self.first:
             return out, weights
+        if call.mask is not None:
+            efficient.require_text_first(efficient.visible(call.mask)[:, 0, -1], by=self.method)
         first, first_weights = self._of_all(call)
         g = first.shape[1]
         out = torch.cat([first, out[:, g:]], 1)

@@ -4,8 +4,8 @@
     o_i = Σ_r exp(z_i^r − z_i) Σ_(j ∈ P_i^r) exp(s_ij − z_i^r) v_j,    s_ij = q_i·q_j / |q_j|,    z_i = log Σ_r exp(z_i^r),
     z_i^r = log Σ_(j ∈ P_i^r) exp(s_ij),    R (D, buckets / 2) of Gaussians, another for each round r
 
-Queries and keys are one: the mean of the model's own two maps. A token attends to itself where no other is left (s_ii is 10⁵ less),
-and a pair that several rounds find counts as often, as in the authors' code. Kitaev et al. 2020, arXiv:2001.04451, section 2.
+Queries and keys are one: the mean of the model's own two maps. A token attends to itself where no other is left (s_ii is 10⁵ less).
+A key of length one in the place of 1/√D, and a pair counting as often as rounds find it, are as in the authors' code. Kitaev et al. 2020, arXiv:2001.04451, section 2.
 
 Shapes: B rows, H heads, T tokens, D features of a head, r rounds, C chunks of c tokens in order.
 """
@@ -94,7 +94,7 @@ def attention(x: Tensor, value: Tensor, *, R: Tensor, size: int, real: Tensor) -
 def buckets(x: Tensor, R: Tensor, *, size: int, real: Tensor) -> Tensor:
     """Each token's bucket in each round, (B, H, r, T): of as many as its row's tokens fill, one where they fill but one; padding comes last."""
     lengths = real.sum(-1)  # (B)
-    halves = (-(-lengths // (2 * size))).clamp(max=R.shape[-1])
+    halves = (-(-lengths // (2 * size))).clamp(1, R.shape[-1])
     R = R[..., : int(halves.max())]
     rotated = torch.einsum("bhtd,rdk->bhrtk", x.detach(), R.to(x.dtype))
     unused = torch.arange(R.shape[-1], device=x.device) >= halves[:, None]  # (B, halves)
@@ -123,7 +123,9 @@ class _Rounds(torch.autograd.Function):
         *inputs, order, hidden, out, q, k, v, weights, share = ctx.saved_tensors
         if torch.is_grad_enabled():  # a derivative of this one is wanted, too
             again = _softmax(*inputs[:2], value=inputs[2], order=order, hidden=hidden)[0]
-            return *torch.autograd.grad(again, inputs, grad, create_graph=True), None, None
+            wanted = [t for t, asked in zip(inputs, ctx.needs_input_grad, strict=False) if asked]
+            found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
+            return tuple(next(found) if asked else None for asked in ctx.needs_input_grad)
         back, shares = order.argsort(-1)[..., None], share.gather(-1, order)[..., None]
         both = torch.cat([grad, (grad * out).sum(-1, keepdim=True)], -1)[:, :, None]  # g and g·o
         part, whole = chunks(_rows(both, order[..., None]) * shares, weights.shape[-2]).split([grad.shape[-1], 1], -1)
