@@ -66,7 +66,7 @@ def watching(model: nn.Module, *, heads: bool = False) -> Iterator[Sight]:
                 undo.callback(layer.register_forward_pre_hook(lambda _, args, kwargs: _enter(seen, args, kwargs), with_kwargs=True).remove)
             undo.callback(layer.register_forward_hook(lambda _, args, out: seen.states.append(out[0] if isinstance(out, tuple) else out)).remove)
         for path in callers(model) if heads else []:
-            undo.enter_context(_onlooker(model.get_submodule(path), seen))
+            undo.enter_context(onlooking(model.get_submodule(path), _Onlooker(seen)))
         yield seen
 
 
@@ -128,10 +128,11 @@ class _Onlooker(Patch):
 
 
 @contextlib.contextmanager
-def _onlooker(module: nn.Module, seen: Sight) -> Iterator[None]:
+def onlooking(module: nn.Module, eye: Patch) -> Iterator[None]:
+    """Within the block a patch that changes nothing sees what a module asks of its attention; afterwards the module is as before."""
     seam = seams.open_seam(module, working=True)
     before, seam.active = seam.active, (*seam.active, ONLOOKER)
-    seam.add(ONLOOKER, "eye", patch=_Onlooker(seen))
+    seam.add(ONLOOKER, "eye", patch=eye)
     try:
         yield
     finally:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import steps
 import tiny
 import torch
+import transformers
 import work
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -113,6 +116,76 @@ def test_all_of_it_learns():
 def test_what_cannot_be_is_refused(family, task, why):
     with pytest.raises(Incompatible, match=why):
         phases.shrink(work.ready(family, task), Perceiver(), None)
+
+
+def headed(name: str):
+    """A tiny BERT, ELECTRA, RoBERTa or DistilBERT with the head that transformers calls so."""
+    family = next(f for f in ("electra", "roberta", "distilbert", "bert") if name.lower().startswith(f))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, name)(tiny.model(family, "base", labels=2).config).eval()
+
+
+@pytest.mark.parametrize("name", ["BertForQuestionAnswering", "DistilBertForQuestionAnswering", "ElectraForPreTraining", "BertForMaskedLM", "BertForPreTraining"])
+@pytest.mark.parametrize("form", [True, False])
+def test_every_head_with_an_answer_for_each_token_is_refused(name, form):
+    model = headed(name)
+    model.config.return_dict = form
+    with pytest.raises(Incompatible, match="answers for each token.*use longformer or linformer"):
+        phases.shrink(model, Perceiver(latents=3), None)
+
+
+def test_as_many_classes_as_tokens_of_a_trial_are_no_answers_for_tokens():
+    for count in (7, 8):
+        phases.shrink(tiny.model("bert", labels=count), Perceiver(latents=3), None)
+
+
+@pytest.mark.parametrize("name", ["BertForMultipleChoice", "RobertaForMultipleChoice", "DistilBertForMultipleChoice", "ElectraForMultipleChoice"])
+def test_each_choice_is_read_by_itself(name):
+    model = phases.shrink(headed(name), Perceiver(latents=3), None)
+    steps.disturb(model.requires_grad_(True))
+    given = tiny.inputs("bert", batch=3)
+    with torch.no_grad():
+        together = model(**{k: v[None] for k, v in given.items()}).logits
+        apart = [model(input_ids=ids[mask == 1][None, None], attention_mask=mask[mask == 1][None, None]).logits for ids, mask in zip(*given.values(), strict=True)]
+    assert together.shape == (1, 3) and torch.allclose(together, torch.cat(apart, 1), atol=1e-6)
+    assert lengths(model, {k: v[None] for k, v in given.items()}) == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertForTokenClassification"])
+def test_a_trial_moves_nothing(name):
+    model = headed(name).train()
+    model.bert.embeddings.eval()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    seen = []
+
+    def draw(model, args):
+        """As a model does that draws at random in evaluation mode, too."""
+        seen.append((model.training, torch.rand(1)))
+
+    hook = model.register_forward_pre_hook(draw)
+    with contextlib.suppress(Incompatible):
+        Perceiver().check(model, Perceiver().sites(model))
+    hook.remove()
+    assert seen and not any(training for training, _ in seen)
+    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("way", ["sdpa", "eager"])
+def test_several_texts_in_one_row_are_refused(way):
+    model = changed("bert")
+    model.set_attn_implementation(way)
+    given = tiny.inputs("bert", batch=1, length=6)["input_ids"]
+    texts = torch.tensor([0, 0, 0, 1, 1, 1])
+    for apart in (texts[:, None] == texts, torch.ones(6, 6, dtype=torch.bool).tril()):
+        mask = apart[None, None] if way == "sdpa" else torch.zeros(1, 1, 6, 6).masked_fill(~apart, torch.finfo(torch.float32).min)
+        with pytest.raises(Incompatible, match="perceiver.*says more than which tokens are padding"), torch.no_grad():
+            model(input_ids=given, attention_mask=mask)
+    seen = (torch.arange(6) < 4).expand(6, 6)
+    mask = seen[None, None] if way == "sdpa" else torch.zeros(1, 1, 6, 6).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        told = model(input_ids=given, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]])).logits
+        assert torch.allclose(model(input_ids=given, attention_mask=mask).logits, told, atol=1e-6)
 
 
 def test_pooled_features_are_the_mean_of_the_latents_whatever_the_padding():

@@ -11,13 +11,14 @@ import tiny
 import torch
 import work
 
-from paretune import batches, surgery, training
+from paretune import batches, phases, surgery, training
 from paretune.errors import Incompatible
 from paretune.events import Events
 from paretune.methods.adapters.full import Full
 from paretune.methods.adapters.lora import LoRA
 from paretune.methods.adapters.prefix import Prefix
 from paretune.methods.adapters.prompt import Prompt
+from paretune.methods.transforms.perceiver import Perceiver
 from paretune.planning import fitting
 from paretune.step import packing, probe, short_attention
 from paretune.tasks import Rows, Task
@@ -226,3 +227,11 @@ def test_what_cannot_stand_in_one_row_is_refused_by_name(family, make, adapter, 
     surgery.attach(model, [adapter])
     with pytest.raises(Incompatible, match=rf"schedule\(pack=True\): .*{reason}.*leave pack out"):
         work.fitted(model, make(), *modifiers, pack=True)
+
+
+@pytest.mark.parametrize("latents", [3, 64])
+def test_latents_are_no_row_of_texts(latents):
+    model = phases.shrink(work.ready("bert"), Perceiver(latents=latents), None)
+    surgery.attach(model, [Full()])
+    with pytest.raises(Incompatible, match=r"schedule\(pack=True\): .*compute on latents.*leave pack out"):
+        work.fitted(model, work.text_task(), pack=True)

@@ -8,6 +8,7 @@ what it brings, and `from_pretrained` rebuilds it from its spelling in the confi
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -131,17 +132,26 @@ def rehearse(model: nn.Module, patches: list[Any], *, by: Transform) -> None:
     Raises:
         Incompatible: if it goes around one, or a replacement meets what it cannot do.
     """
-    was_training = model.training
-    before = torch.get_rng_state()
-    with torch.no_grad():
-        model.eval().base_model(**anatomy.small_input(model))
-    model.train(was_training)
-    torch.set_rng_state(before)
+    with as_it_is(model):
+        model.base_model(**anatomy.small_input(model))
     idle = next((p.site.path for p in patches if not p.calls), None)
     if idle is not None:
         raise Incompatible(f"{by!r}: {type(model).__name__} computed a forward pass and never asked the attention at {idle}, so that nothing would change")
     for patch in patches:
         patch.calls = 0
+
+
+@contextlib.contextmanager
+def as_it_is(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation mode and has no gradients; afterwards its modules' modes and torch's random state are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
 
 
 # --- what a call may ask --------------------------------------------------------------------------------------------------------

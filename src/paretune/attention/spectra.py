@@ -10,16 +10,18 @@ Shapes: B examples of one length, H heads, n tokens, G points of x.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paretune import processors, sight
+from paretune import anatomy, processors, seams, sight
+from paretune.attention import Attend, Call, efficient
 from paretune.errors import Incompatible
+from paretune.patches import Patch
 from paretune.roles import Examples
-from paretune.sight import Sight
 from paretune.tasks import Task
 from paretune.weights import calibration
 
@@ -64,34 +66,81 @@ def of_attention(model: nn.Module, task: Task, *, count: int = 16) -> Spectra:
     """The spectra of every head on `count` training examples, evenly drawn, each without padding.
 
     Raises:
-        Incompatible: for an encoder-decoder, a model that computes attention in its own code, or heads of which layers have other numbers.
+        Incompatible: for an encoder-decoder, a model that computes attention in its own code or by other means, or heads of which layers have other numbers.
     """
+    sight.stack(model)
+    calls = [model.get_submodule(path) for path in sight.callers(model)]
+    _require_own(model)
     batches = calibration.unpadded(model, Examples(task, processors.get(model)), count=count)
     lengths: list[int] = []
     total: Tensor | None = None
-    for batch in batches:
-        with sight.watching(model.eval(), heads=True) as seen:
-            model(**task.kind.inputs(batch))
-        found = _cumulative(seen, by=type(model).__name__)  # (layers, B, H, G)
-        lengths += [seen.states[0].shape[1]] * found.shape[1]
-        total = found.sum(1) if total is None else total + found.sum(1)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            eye = _Eye()
+            with contextlib.ExitStack() as looking:
+                for module in calls:
+                    looking.enter_context(sight.onlooking(module, eye))
+                model(**task.kind.inputs(batch))
+            found = _stacked(eye.found, by=type(model).__name__)  # (layers, B, H, G)
+            lengths += [eye.tokens] * found.shape[1]
+            total = found.sum(1) if total is None else total + found.sum(1)
+    finally:
+        model.train(was_training)
     assert total is not None
     return Spectra(tuple(lengths), total / len(lengths))
 
 
-def _cumulative(seen: Sight, *, by: str) -> Tensor:
-    layers = [cumulative(matrices(query, key, causal=seen.causal)) for query, key, _ in seen.heads]
+def _require_own(model: nn.Module) -> None:
+    for _, _, seam in seams.seams_of(model):
+        replaced = next((p.method for _, _, p in seam.patches([seams.ATTENTION])), None)
+        if replaced is not None:
+            raise Incompatible(f"{type(model).__name__}: {replaced!r} has replaced the attention, of which softmax(QKᵀ/√d) says nothing; take the model before it")
+        inside = next((p.method for p in seam.attending()), None)
+        if inside is not None:
+            raise Incompatible(f"{type(model).__name__}: {inside!r} acts inside the attention, whose matrices would be shown without it; switch it off first")
+
+
+def _stacked(layers: list[Tensor], *, by: str) -> Tensor:
     if len({layer.shape for layer in layers}) > 1:
         raise Incompatible(f"{by}: its layers have different numbers of heads, which one map of layers and heads cannot show")
     return torch.stack(layers)
 
 
-def matrices(query: Tensor, key: Tensor, *, causal: bool) -> Tensor:
-    """A (B, H, n, n) from Q / √d and K, each (B, n, H, d)."""
-    scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float())
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-    return torch.softmax(scores, -1)
+class _Eye(Patch):
+    """Takes c of every attention call that it sees, and changes nothing."""
+
+    attends = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []  # (B, H, G) of each call, in the order of the layers
+        self.tokens = 0  # n of the last call
+
+    def attend(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:
+        self.found.append(cumulative(matrices(call)))
+        self.tokens = call.query.shape[2]
+        return attend(call)
+
+
+def matrices(call: Call) -> Tensor:
+    """A (B, H, n, n) of one attention call, in fp32, by the eager attention of its own family: with the masks, windows, caps and biases that this has.
+
+    Raises:
+        Incompatible: for an implementation whose masks are not known.
+    """
+    call.require_known("hands over its masks in a form that is not known here")
+    query, key, value = (x.float() for x in (call.query, call.key, call.value))
+    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)[None, None]
+    if call.mask is not None:
+        seen = efficient.visible(call.mask)
+    elif call.is_triangular():
+        seen = seen.tril()
+    mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+    weights = anatomy.attention_function(type(call.module), "eager")(call.module, query, key, value, mask, **call.more)[1]
+    assert weights is not None
+    return weights
 
 
 def cumulative(matrix: Tensor) -> Tensor:

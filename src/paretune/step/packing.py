@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from paretune import anatomy, attention, seams
+from paretune.attention import efficient
 from paretune.errors import Incompatible
 from paretune.events import Events
 from paretune.step import short_attention
@@ -171,6 +172,8 @@ def _refused(loop: Loop) -> str:
         return f"{type(model).__name__} is an encoder with a decoder"
     if any(isinstance(m, attention.Attending) and m._modules[attention.NAME].attending() for m in model.modules()):  # type: ignore[union-attr]
         return "something acts inside the attention"
+    if efficient.on_latents(model):
+        return "its layers compute on latents, and not on tokens"
     if not any(anatomy.calls_attention(type(m)) for m in model.modules()):
         return f"{type(model).__name__} computes attention in its own code"
     own = model.config._attn_implementation or "eager"  # type: ignore[union-attr]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 from paretune import anatomy, attention, seams
 from paretune.anatomy import Site
@@ -60,9 +61,7 @@ class Perceiver(AttentionTransform):
         pooled = next((p.method for _, _, p in base.patches() if p.wraps), None) if base else None
         if pooled is not None:
             raise Incompatible(f"{self!r}: {pooled!r} pools the tokens of the last layer, which latents replace; put {self.spelling()} before it")
-        with torch.no_grad():
-            logits = getattr(model(**anatomy.small_input(model)), "logits", None)
-        if logits is not None and logits.dim() > 2:
+        if model is not model.base_model and _answers_tokens(model):
             raise Incompatible(f"{self!r}: {type(model).__name__} answers for each token, and latents are not tokens; use longformer or linformer")
 
     def shared(self, model: nn.Module) -> nn.Module | None:
@@ -84,7 +83,7 @@ class Reading(nn.Module):
             nn.init.eye_(same.weight)
 
     def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """Z_0 (B, m, D) from the embedded input (B, n, D), of which `keep` (B, n) is no padding."""
+        """Z_0 (B, m, D) from the embedded input (B, n, D), of which `keep` (B or 1, n) is no padding."""
         query = self.W_q(self.of_latents(self.L)).expand(len(x), -1, -1)
         key, value = self.W_k(self.of_input(x)), self.W_v(x)
         read = F.scaled_dot_product_attention(query.to(key.dtype), key, value, None if keep is None else keep[:, None])
@@ -103,5 +102,26 @@ class Stage(Replacement):
         mask = rest[0] if rest else kwargs.get("attention_mask")
         assert self.site is not None and self.shared is not None
         if self.site.path.rpartition(".")[2] == "0":  # the first layer there is, whichever that was before others were dropped
-            x = self.shared(x.to(self.shared.L.dtype), None if mask is None else efficient.visible(mask)[:, 0, -1]).to(x.dtype)
+            keep = None if mask is None else efficient.tokens_of(mask, causal=False, by=self.method)
+            x = self.shared(x.to(self.shared.L.dtype), keep).to(x.dtype)
         return forward(x, *([None] if rest else []), *rest[1:], **{**kwargs, **({} if rest else {"attention_mask": None})})
+
+
+# --- what a head answers --------------------------------------------------------------------------------------------------------
+
+
+def _answers_tokens(model: nn.Module) -> bool:
+    """Does the task's head give something for each token: more than (B, classes), or more for more tokens?"""
+    with efficient.as_it_is(model):
+        short, long = (_answered(model, length) for length in (7, 8))
+    return short != long or any(len(shape) > 2 for shape in short)
+
+
+def _answered(model: nn.Module, length: int) -> list[torch.Size]:
+    """The shapes of the head's answers to one small input; (1, 2, length) where the head compares choices."""
+    given = anatomy.small_input(model, length=length)
+    if any(cls.__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values() for cls in type(model).__mro__):
+        given = {name: ids[:, None].repeat(1, 2, 1) for name, ids in given.items()}
+    out = model(**given)
+    values = out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else (out,)
+    return [value.shape for value in values if isinstance(value, Tensor)]  # hidden states and attention weights come in tuples
