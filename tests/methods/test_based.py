@@ -17,7 +17,7 @@ from paretune.attention.chunks import beside, chunks, places_beside
 from paretune.attention.taylor import Heads
 from paretune.errors import Incompatible
 from paretune.methods.adapters.full import Full
-from paretune.methods.transforms.based import Based, fixed_state, nearest
+from paretune.methods.transforms.based import Based, TaylorAttention, fixed_state, nearest
 
 B, H, D, LOW = 2, 3, 4, 3
 
@@ -32,12 +32,12 @@ def heads(length: int, *, seed: int = 0, real: torch.Tensor | None = None) -> He
 
 def by_hand(h: Heads, *, window: int, causal: bool) -> torch.Tensor:
     """The definition, one pair after the other."""
-    length = h.key.shape[2]
-    out = torch.zeros(B, H, length, D, dtype=torch.float64)
-    for b in range(B):
+    batch, count, length, size = h.query.shape
+    out = torch.zeros(batch, count, length, size, dtype=h.query.dtype)
+    for b in range(batch):
         for i in range(length):
             seen = [j for j in range(i + 1 if causal else length) if h.real[b, 0, j]]
-            for head in range(H):
+            for head in range(count):
                 weights = []
                 for j in seen:
                     low = h.low_query[b, head, i] @ h.low_key[b, head, j]
@@ -97,6 +97,41 @@ def test_the_maps_are_the_best_of_their_rank():
         assert torch.allclose(error, torch.linalg.svdvals(whole)[:, d:].norm(dim=1), atol=1e-10)
 
 
+def test_heads_of_a_group_attend_to_the_keys_and_values_that_they_share(monkeypatch):
+    model = phases.shrink(work.ready("llama"), Based(window=3, feature_dim=2), None).double()
+    steps.disturb(model.requires_grad_(True), std=0.5)
+    compute, asked = TaylorAttention.compute, []
+
+    def recorded(self, attend, call):
+        out, weights = compute(self, attend, call)
+        asked.append((self, call, out.transpose(1, 2)))
+        return out, weights
+
+    monkeypatch.setattr(TaylorAttention, "compute", recorded)
+    given = tiny.inputs("llama", length=11)
+    steps.logits(model, "llama", length=11)
+    assert len(asked) == 2
+    real = given["attention_mask"].bool()[:, None]
+    for patch, call, found in asked:
+        assert (call.query.shape[1], call.key.shape[1]) == (4, 2)
+        key, value = (torch.stack([x[:, head // 2] for head in range(4)], 1) for x in (call.key, call.value))  # heads 0 and 1 have the first
+        query = call.query / 4**0.5
+        low_query, low_key = (torch.einsum("bhnd,hdr->bhnr", x, P) for x, P in ((query, patch.P_q), (key, patch.P_k)))
+        wanted = by_hand(Heads(query, key, taylor.counted(value, real), low_query, low_key, real), window=3, causal=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_the_maps_of_a_group_are_the_best_for_the_keys_that_it_shares():
+    model = phases.shrink(work.ready("llama"), Based(window=3, feature_dim=2), None).double()
+    patches = [m for m in model.modules() if isinstance(m, TaylorAttention)]
+    for layer, patch in zip(model.model.layers, patches, strict=True):
+        q, k = (m.weight.unflatten(0, (-1, D)) for m in (layer.self_attn.q_proj, layer.self_attn.k_proj))  # (4, D, 16), (2, D, 16)
+        for head in range(4):
+            whole = q[head].T @ k[head // 2]
+            error = whole - q[head].T @ patch.P_q[head] @ patch.P_k[head].T @ k[head // 2]
+            torch.testing.assert_close(error.norm(), torch.linalg.svdvals(whole)[2:].norm(), rtol=1e-4, atol=0)  # the maps were made in single precision
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_a_window_as_long_as_the_text_is_the_backbone(family):
     model = work.ready(family)
@@ -116,6 +151,44 @@ def test_a_later_token_changes_no_earlier_output(family):
     with torch.no_grad():
         one, two = model(input_ids=ids).logits, model(input_ids=other).logits
     assert torch.allclose(one[:, :8], two[:, :8], atol=1e-6) and not torch.allclose(one[:, 8:], two[:, 8:], atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_a_padded_text_gives_what_it_gives_alone(family, side):
+    model = phases.shrink(work.ready(family, "base"), Based(window=3, feature_dim=2), None).double()
+    steps.disturb(model.requires_grad_(True), std=0.5)
+    ids = torch.randint(5, tiny.SIZE, (2, 13), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    own = slice(5, 13) if side == "left" else slice(8)
+    short = ids[1:, own]
+    mask[1, slice(5) if side == "left" else slice(8, 13)] = 0
+
+    def outputs(ids, mask):
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).last_hidden_state
+
+    alone = outputs(short, torch.ones_like(short))
+    torch.testing.assert_close(outputs(ids.masked_fill(mask == 0, tiny.PAD), mask)[1:, own], alone, rtol=1e-9, atol=1e-9)
+    if side == "left" or family == "bert":  # what stands behind moves no decoder
+        assert not torch.allclose(outputs(ids, torch.ones_like(mask))[1:, own], alone, atol=1e-2)
+
+
+@pytest.mark.parametrize("cut", [2, 5, 8])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_prompt_in_pieces_and_a_state_of_fixed_size_give_its_logits(family, cut):
+    model = phases.shrink(work.ready(family, "causal"), Based(window=3, feature_dim=2), None).double()
+    steps.disturb(model.requires_grad_(True), std=0.5)
+    ids = torch.randint(5, tiny.SIZE, (2, 13), generator=torch.Generator().manual_seed(cut))
+    mask = torch.ones_like(ids)
+    ids[1, :2], mask[1, :2] = tiny.PAD, 0
+    state = fixed_state(model)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask).logits
+        pieces = [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=state).logits for a, b in ((0, cut), (cut, cut + 3), (cut + 3, 13))]
+    real = mask.bool()  # a place before the text has nothing to see
+    torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], rtol=1e-9, atol=1e-9)
+    assert {layer.keys.shape[2] for layer in state.layers} == {2} and state.get_seq_length() == 13
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -165,3 +238,27 @@ def test_its_products_are_those_that_the_card_declares(length):
         taylor.parallel(heads(length), window=w, causal=True)
     each = 2 * w * (D + LOW + 1) + 2 * w * (D + 1) + 2 * f * (D + 1) + 4 * LOW * pairs  # scores of both kinds, their values, sums in and out, features
     assert counted.get_total_flops() == 2 * B * H * length * each
+
+
+def test_scores_far_below_zero_lose_no_weight():
+    h = heads(9, real=padded(9))
+    h.query, h.key = -40 * h.query.abs(), h.key.abs()
+    assert (h.query @ h.key.mT).amin() < -110  # single precision ends at e^-87
+    single = Heads(*(t.float() for t in (h.query, h.key, h.value, h.low_query, h.low_key)), h.real)
+    for causal in (True, False):
+        wanted = by_hand(h, window=3, causal=causal).float()
+        for form in (taylor.parallel, taylor.pairwise):
+            torch.testing.assert_close(form(single, window=3, causal=causal), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_that_is_refused_leaves_no_state_behind():
+    model = phases.shrink(work.ready("gpt2", "causal"), Based(window=3), None)
+    with pytest.raises(Incompatible, match="attention weights were asked for"), torch.no_grad():
+        model(torch.full((1, 9), 7), past_key_values=fixed_state(model), output_attentions=True)
+    assert all(patch.recurrent is None for patch in model.modules() if isinstance(patch, TaylorAttention))
+
+
+def test_an_encoder_with_a_decoder_has_no_fixed_state():
+    model = phases.shrink(tiny.model("bart", "seq2seq"), Based(window=3), None)
+    with pytest.raises(Incompatible, match="keys of its encoder"):
+        fixed_state(model)

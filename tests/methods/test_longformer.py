@@ -56,15 +56,68 @@ def test_chunks_and_masks_give_the_same(family, knobs):
     torch.testing.assert_close(long(made[0], family), long(made[1], family), rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_reaches_as_far_as_its_window():
-    model = steps.model("gpt2", "causal")
-    Longformer(window=3).apply(model)
+SPELLED = {  # (window, dilation) of each of four heads, for each of two layers, as a user means it
+    ("9,40", 1): [[(9, 1)] * 4, [(40, 1)] * 4],
+    ("4/20", "3/1"): [[(4, 3)] * 2 + [(20, 1)] * 2] * 2,
+    ("7/30,70", "2,1/3"): [[(7, 2)] * 2 + [(30, 2)] * 2, [(70, 1)] * 2 + [(70, 3)] * 2],
+}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("window, dilation", SPELLED)
+def test_each_layer_and_group_of_heads_has_the_window_that_is_spelled_for_it(family, window, dilation, monkeypatch):
+    """Every call of a model against softmax over all pairs with a mask written here; 400 tokens are several chunks, with some that have all their blocks."""
+    model = tiny.model(family, config={"max_position_embeddings": 512})
+    Longformer(window=window, dilation=dilation, global_tokens=0, dense_below=0).apply(model)
+    model.double().requires_grad_(True)
+    steps.disturb(model, std=0.3)
+    compute, asked = Window.compute, []
+
+    def recorded(self, attend, call):
+        out, weights = compute(self, attend, call)
+        asked.append((self.site, call, out))
+        return out, weights
+
+    monkeypatch.setattr(Window, "compute", recorded)
+    ids = torch.randint(5, tiny.SIZE, (1, 400), generator=torch.Generator().manual_seed(0))
+    ids[0, -1] = tiny.SEP  # where T5 classifies
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert [(site.stack, site.layer) for site, _, _ in asked] == [(stack, k) for stack in STACKS[family] for k in range(2)]
+        for site, call, found in asked:
+            torch.testing.assert_close(found, by_hand(call, SPELLED[window, dilation][site.layer], causal=site.stack == "decoder"), rtol=1e-9, atol=1e-9)
+
+
+STACKS = {"bert": ["encoder"], "llama": ["decoder"], "t5": ["encoder", "decoder"]}
+
+
+def by_hand(call, reaches, *, causal):
+    """(B, T, H, D): the softmax over all pairs, of which each head's mask hides those that are not |i − j| ≤ w d with d | i − j."""
+    key, value = (torch.stack([x[:, h * x.shape[1] // 4] for h in range(4)], 1) for x in (call.key, call.value))
+    scores = torch.einsum("bhid,bhjd->bhij", call.query, key) * (1 if call.more.get("position_bias") is not None else 0.5)  # T5's have no 1/√D
+    if call.more.get("position_bias") is not None:
+        scores = scores + call.more["position_bias"]
+    apart = torch.arange(scores.shape[-1])[:, None] - torch.arange(scores.shape[-1])
+    for head, (window, dilation) in enumerate(reaches):
+        seen = (apart.abs() <= window * dilation) & (apart % dilation == 0) & ((apart >= 0) | (not causal))
+        scores[:, head].masked_fill_(~seen, -torch.inf)
+    return torch.einsum("bhij,bhjd->bihd", scores.softmax(-1), value)
+
+
+def moved_by_the_fifth(model):
+    """The places whose logits another token at place 5 moves."""
     ids = torch.randint(5, tiny.SIZE, (1, 20), generator=torch.Generator().manual_seed(0))
     other = ids.clone()
     other[0, 5] = (ids[0, 5] - 4) % (tiny.SIZE - 5) + 5
     with torch.no_grad():
         moved = (model(ids).logits - model(other).logits).abs().amax((0, 2)) > 0
-    assert moved.nonzero().flatten().tolist() == list(range(5, 12))  # two layers of three
+    return moved.nonzero().flatten().tolist()
+
+
+def test_a_layer_reaches_as_far_as_its_window():
+    model = steps.model("gpt2", "causal")
+    Longformer(window=3).apply(model)
+    assert moved_by_the_fifth(model) == list(range(5, 12))  # two layers of three
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
@@ -220,6 +273,23 @@ def test_what_cannot_be_is_refused_and_changes_nothing(family, knobs, says):
     assert steps.same(before, steps.tensors(model)) and not list(surgery.seams_of(model))
 
 
+def test_a_bert_that_hides_later_tokens_has_no_global_ones():
+    model = tiny.model("bert", "causal", config={"is_decoder": True})
+    before = steps.tensors(model)
+    with pytest.raises(Incompatible, match="BertLMHeadModel hides later tokens from its first ones.*give global_tokens=0"):
+        Longformer(window=3, dense_below=0).apply(model)
+    assert steps.same(before, steps.tensors(model)) and not list(surgery.seams_of(model))
+    Longformer(window=3, global_tokens=0, dense_below=0).apply(model)
+    assert moved_by_the_fifth(model) == list(range(5, 12))  # two layers of three
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_decoder_has_no_global_tokens(family):
+    model = windowed(family, global_tokens=2)
+    found = [(p.site.stack, p.first, len(list(p.parameters()))) for p in model.modules() if isinstance(p, Window)]
+    assert found == {"gpt2": [("decoder", 0, 0)] * 2, "t5": [("encoder", 2, 3)] * 2 + [("decoder", 0, 0)] * 2}[family]
+
+
 def test_what_acts_inside_the_attention_does_not_compose():
     for text in ("prefix | longformer", "longformer | prefix", "longformer | longformer"):
         with pytest.raises(Incompatible):
@@ -239,3 +309,12 @@ def test_a_model_that_never_asks_is_refused(monkeypatch):
     with pytest.raises(Incompatible, match="never asked"):
         Longformer(dense_below=0).apply(model)
     assert not list(surgery.seams_of(model))
+
+
+def test_padding_in_front_of_a_text_is_refused_where_its_first_tokens_are_global():
+    model, ids, mask = windowed("roberta", global_tokens=1), torch.full((2, 9), 7), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    with pytest.raises(Incompatible, match="padding in front of its text"), torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    with torch.no_grad():
+        assert windowed("roberta", global_tokens=0)(input_ids=ids, attention_mask=mask).logits.isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import steps
@@ -16,6 +17,8 @@ from paretune.recipe import Recipe, is_training, parse
 from paretune.roles import Adapter, Modifier
 
 NAMES = [n for n in registry.names() if not registry.is_recipe(n)]
+SPELLED = {n: repr(work.biting(n)) for n in NAMES}  # with knobs that change the attention of ten tokens
+MATRIX = Path(__file__).parents[2] / "docs" / "matrix.md"  # tests/contracts compares it with the library
 
 
 def _refusal(text: str) -> Incompatible | None:
@@ -27,11 +30,23 @@ def _refusal(text: str) -> Incompatible | None:
     return None
 
 
+def _takers() -> dict[str, list[str]]:
+    """The families that each method takes when it is alone, by the page of all that it refuses."""
+    rows = [[cell.strip() for cell in line.split("|")] for line in MATRIX.read_text().splitlines() if line.startswith("| ")]
+    refused = {(name, family) for _, name, promise, _, families, *_ in rows if promise in ("attach", "apply", "train", "fit") for family in families.split(", ")}
+    return {name: [f for f in tiny.FAMILIES if (name, f) not in refused] for name in NAMES}
+
+
+TAKERS = _takers()
+
+
 def _spelled() -> list[tuple[str, str]]:
-    """(recipe, family): the families in rotation; a modifier stands beside an adapter when it begins or ends a chain."""
-    families = itertools.cycle(tiny.FAMILIES)
-    chains = itertools.product(NAMES, NAMES)
-    return [(text, next(families)) for left, right in chains for text in (f"{left} | {right}", f"{left} + {right}")]
+    """(recipe, family): the families that take both methods in rotation, all where none does."""
+    made = []
+    for (i, left), (j, right) in itertools.product(enumerate(NAMES), enumerate(NAMES)):
+        both = [f for f in TAKERS[left] if f in TAKERS[right]] or tiny.FAMILIES
+        made += [(f"{SPELLED[left]} {sign} {SPELLED[right]}", both[place % len(both)]) for sign, place in (("|", i + j), ("+", i - j))]
+    return made
 
 
 REFUSALS = {text: _refusal(text) for text, _ in _spelled()}
@@ -87,12 +102,23 @@ def check(text, family, tmp_path):
     assert torch.equal(found, again)
 
 
+def test_each_method_meets_each_family_that_takes_it():
+    assert TAKERS["blockwise"] == ["bert", "roberta", "vit"]  # the page is read
+    takers = {SPELLED[name]: set(families) for name, families in TAKERS.items()}
+    chains = [(text.split(" | "), family) for text, family in COMPOSED if " | " in text]
+    for (left, right), family in chains:
+        assert family in takers[left] & takers[right] or not takers[left] & takers[right], (left, right)
+    for method, side in itertools.product(takers, range(2)):
+        met = [family for pair, family in chains if pair[side] == method]
+        assert len(met) < 20 or set(met) >= takers[method], (method, side)  # few begin with what quantizes or merges
+
+
 def test_what_does_not_compose_says_why():
     assert not [text for text, refusal in REFUSALS.items() if refusal and len(str(refusal).split()) <= 5], "the refusal is a sentence"
 
 
 def test_refused_pairs_are_the_exception():
-    refused = [pair for pair in itertools.product(NAMES, NAMES) if REFUSALS[" | ".join(pair)]]
+    refused = [pair for pair in itertools.product(NAMES, NAMES) if REFUSALS[" | ".join(SPELLED[n] for n in pair)]]
     modifiers = len(registry.names("modifier"))
     impossible = 2 * modifiers * len(NAMES) - modifiers**2  # a modifier alone is no phase
     assert len(refused) - impossible <= 0.4 * (len(NAMES) ** 2 - impossible)
