@@ -3,14 +3,17 @@ from __future__ import annotations
 import os
 
 import pytest
+import steps
 import tiny
 import torch
 import transformers
+import work
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
 import paretune  # noqa: F401
-from paretune import anatomy, processors
+from paretune import anatomy, phases, processors
 from paretune.errors import Incompatible, RecipeError
+from paretune.methods.transforms.linformer import Linformer
 from paretune.methods.transforms.max_length import MaxLength
 
 TABLES = ["bert", "roberta", "distilbert", "electra", "albert", "gpt2", "opt", "bart"]
@@ -66,6 +69,14 @@ def test_images_get_the_positions_that_transformers_interpolates(family, n, tmp_
     assert torch.equal(run(AutoModelForImageClassification.from_pretrained(tmp_path), images), run(model, images))
     size = transformers.AutoImageProcessor.from_pretrained(tmp_path).size
     assert (size["height"], size["width"]) == (n, n)
+
+
+def test_images_with_more_patches_than_mixtures_are_refused():
+    model = phases.shrink(work.ready("vit"), Linformer(k=2), None)
+    with pytest.raises(Incompatible, match=r"linformer.* takes up to 17 tokens, and an input will have 65; put max_length before it"):
+        MaxLength(n=32).apply(model)
+    assert steps.logits(model, "vit").isfinite().all()
+    MaxLength(n=8).apply(model)
 
 
 def test_what_has_no_such_length():

@@ -86,6 +86,7 @@ class Replacement(Patch):
 
     attends = True
     weighs = False  # does it make attention weights where eager attention does?
+    longest: int | None = None  # tokens of the longest input that it can take, where it has a limit of its own
 
     def __init__(self, site: Site | None = None) -> None:
         super().__init__(site)
@@ -278,6 +279,18 @@ def longest(model: nn.Module) -> int | None:
     return tables[0].shape[1] if tables else anatomy.positions(model)[1]
 
 
+def require_room(model: nn.Module, tokens: int, *, by: Transform) -> None:
+    """Refuses inputs of more tokens than a replaced attention takes."""
+    short = next((p for p in replaced(model) if p.longest is not None and p.longest < tokens), None)
+    if short is not None:
+        raise Incompatible(f"{by!r}: {short.method!r} takes up to {short.longest} tokens, and an input will have {tokens}; put {by.spelling()} before it")
+
+
 def on_latents(model: nn.Module) -> bool:
     """Do the model's layers compute on latents in the place of tokens?"""
-    return any(p.wraps for _, _, seam in seams.seams_of(model) for _, _, p in seam.patches([seams.ATTENTION]))
+    return any(p.wraps for p in replaced(model))
+
+
+def replaced(model: nn.Module) -> list[Any]:
+    """What stands in the place of the model's own attention, call by call."""
+    return [p for _, _, seam in seams.seams_of(model) for _, _, p in seam.patches([seams.ATTENTION])]

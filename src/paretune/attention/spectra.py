@@ -93,10 +93,10 @@ def of_attention(model: nn.Module, task: Task, *, count: int = 16) -> Spectra:
 
 
 def _require_own(model: nn.Module) -> None:
+    replaced = next((p.method for p in efficient.replaced(model)), None)
+    if replaced is not None:
+        raise Incompatible(f"{type(model).__name__}: {replaced!r} has replaced the attention, of which softmax(QKᵀ/√d) says nothing; take the model before it")
     for _, _, seam in seams.seams_of(model):
-        replaced = next((p.method for _, _, p in seam.patches([seams.ATTENTION])), None)
-        if replaced is not None:
-            raise Incompatible(f"{type(model).__name__}: {replaced!r} has replaced the attention, of which softmax(QKᵀ/√d) says nothing; take the model before it")
         inside = next((p.method for p in seam.attending()), None)
         if inside is not None:
             raise Incompatible(f"{type(model).__name__}: {inside!r} acts inside the attention, whose matrices would be shown without it; switch it off first")

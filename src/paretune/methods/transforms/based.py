@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from paretune import anatomy, seams
+from paretune import anatomy
 from paretune.anatomy import Attention, Site
 from paretune.attention import Attend, Call, efficient, taylor
 from paretune.attention.efficient import AttentionTransform, Replacement
@@ -197,7 +197,7 @@ def fixed_state(model: nn.Module) -> Cache:
     Raises:
         Incompatible: for a model whose attention `based` has not replaced, and for one that reads by an encoder.
     """
-    patches = [p for _, _, seam in seams.seams_of(model) for _, _, p in seam.patches([seams.ATTENTION]) if isinstance(p, TaylorAttention)]
+    patches = [p for p in efficient.replaced(model) if isinstance(p, TaylorAttention)]
     if not patches:
         raise Incompatible(f"{type(model).__name__} has no attention of fixed state; apply based first: paretune.shrink(model, Based())")
     if getattr(model.config, "is_encoder_decoder", False):

@@ -98,6 +98,7 @@ class Projected(Replacement):
 
     def __init__(self, site: Site, knobs: Linformer) -> None:
         super().__init__(site)
+        self.longest = knobs.length
         self.mixtures = None if knobs.share == "layerwise" else Mixtures(knobs, heads=site.heads if knobs.share == "none" else 1)
 
     def compute(self, attend: Attend, call: Call) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from paretune import anatomy, hub, processors, surgery
 from paretune.anatomy import Embeddings
-from paretune.attention import lengths
+from paretune.attention import efficient, lengths
 from paretune.card import Card, knob
 from paretune.errors import Incompatible
 from paretune.roles import Examples, Transform
@@ -62,6 +62,8 @@ class MaxLength(Transform):
             raise Incompatible(f"{self!r}: {name} reads sound, whose length is set by its feature extractor; max_length is for texts and images")
         if image and (not isinstance(limit, int) or self.n % model.config.patch_size):
             raise Incompatible(f"{self!r}: the side of an image of {name} is a multiple of its patches' {model.config.patch_size} pixels")
+        if image:
+            efficient.require_room(model, (self.n // model.config.patch_size) ** 2 + anatomy.embeddings(model).offset, by=self)
         if not image and limit is not None and self.n > limit:
             raise Incompatible(f"{self!r}: {name} has {limit} positions; give n from 2 to {limit}")
 

@@ -54,7 +54,7 @@ class Perceiver(AttentionTransform):
         efficient.require_encoder(model, by=self, why="latents that have read the whole input show every place the later tokens")
         if any(stack.counter is None for stack in anatomy.family(model).stacks):
             raise Incompatible(f"{self!r}: {type(model).__name__} calls one layer again and again, which could not tell tokens from latents; use linformer")
-        replaced = next((p.method for _, _, seam in seams.seams_of(model) for _, _, p in seam.patches([seams.ATTENTION])), None)
+        replaced = next((p.method for p in efficient.replaced(model)), None)
         if replaced is not None:
             raise Incompatible(f"{self!r}: {replaced!r} has replaced the attention already; leave one of the two out")
         base = seams.seam_of(model.base_model) if model.base_model is not model else None
