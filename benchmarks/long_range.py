@@ -106,8 +106,11 @@ def ready(method: str, length: int) -> Callable[[], None]:
 
 def step(method: str, length: int) -> dict[str, Any]:
     """CPU seconds of a step, in turn with full attention's; the memory that a step of each adds to a process of its own that has the model."""
+    import torch
+
     from paretune.meters import memory, system
 
+    torch.set_num_threads(1)  # one that waits for others would be counted as if it worked
     steps = {name: ready(name, length) for name in (method, CONTROL)}
     taken: dict[str, list[float]] = {name: [] for name in steps}
     again: list[float] = []
@@ -246,7 +249,7 @@ def step_tables(table: Table) -> str:
 
     controls = [f["full_again_cpu_s"] / f["full_step_cpu_s"] for f in found.values() if f]
     spread = f"{min(controls):.2f} to {max(controls):.2f}" if controls else cells.NOT_RUN
-    return f"""Forward and backward, batch 1, fp32, an encoder of as many positions. How many times less CPU time than full attention, in turn in one
+    return f"""Forward and backward, batch 1, fp32, one thread, an encoder of as many positions. How many times less CPU time than full attention, in turn in one
 process, medians of {ROUNDS} (full attention against itself: {spread}), and the first of these lengths from which on it is less:
 
 {grid(lambda f: f"{f['score']:.2f}x", ("pays from", lambda m: "-" if m == CONTROL else pays_from(m, table)))}

@@ -42,7 +42,7 @@ class Based(AttentionTransform):
         note="Takes more products than attention below 2 window + f + d² (d + 1) / D tokens. Inputs of at most `window` tokens give what they gave before. "
         "The expansion is near exp for small scores alone, so longer ones ask for a training phase after it. "
         "Attention weights have no dropout. `fixed_state(model)` is the cache of fixed size for `generate`. Opens with transformers and paretune. "
-        "From 1,024 to 4,096 tokens a training step's CPU time grew as n^1.0, full attention's as n^1.8 (docs/long_range.md).",
+        "From 1,024 to 4,096 tokens a training step's CPU time grew as n^0.9, full attention's as n^1.8 (docs/long_range.md).",
     )
 
     window: int = knob(64, "tokens on each side, the token itself counted, that have the softmax's weights", low=1, search="16..256 log")
