@@ -181,13 +181,15 @@ def figure(table: Table) -> bool:
         for method, (x, y) in points.items():
             scores, color = [100 * f["score"] for f in runs[method]], f"C{list(METHODS).index(method)}"
             panel.errorbar(x, y, yerr=[[y - min(scores)], [max(scores) - y]], fmt="o", color=color, capsize=3, label=method)
+        panel.axhline(100 * ARENA[name].chance, color="0.6", linestyle=":", linewidth=1, zorder=0, label="chance")
         if points:
             at = np.array(list(points.values()))
+            panel.set_xlim(0, 1.1 * at[:, 0].max())
+        if above_chance(table, name):
             best = sorted(map(tuple, at[dominance.non_dominated(at * [1, -1])]))
             panel.step(*zip(*best, strict=True), where="post", color="0.6", linewidth=1, zorder=0, label="frontier")
-            panel.set_xlim(0, 1.1 * at[:, 0].max())
     shown = {label: handle for panel in drawn.axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(METHODS) + 1, frameon=False)
+    drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(METHODS) + 2, frameon=False)
     if not any(f for m in METHODS for name in ARENA for f in of_seeds(table, m, name)):
         return False
     drawn.savefig(PICTURE, dpi=100)
@@ -215,12 +217,17 @@ def of_task(table: Table, name: str) -> str:
     return f"## {name.capitalize()}\n\n{told}\n\n{filled}"
 
 
-def learned(table: Table, name: str) -> str:
-    """A sentence on which methods learned a task at all."""
+def above_chance(table: Table, name: str) -> list[str]:
+    """The methods that learned a task at all: in each of their runs the score's 95 % interval lies above chance."""
     runs = {m: [f for f in of_seeds(table, m, name) if f] for m in METHODS}
-    if not any(runs.values()):
+    return [m for m, found in runs.items() if found and all(f["score_low"] > ARENA[name].chance for f in found)]
+
+
+def learned(table: Table, name: str) -> str:
+    """A sentence on them."""
+    if not any(f for m in METHODS for f in of_seeds(table, m, name)):
         return "No method was trained on it yet."
-    able = [m for m, found in runs.items() if found and all(f["score_low"] > ARENA[name].chance for f in found)]
+    able = above_chance(table, name)
     chance = f"Chance is {100 * ARENA[name].chance:.0f} %; the 95 % interval of every run's score is above it for"
     return f"{chance} {', '.join(able)}." if able else f"{chance} no method, so that the table compares nothing but cost."
 
@@ -284,7 +291,8 @@ Where they are not the paper's own:
 def page(table: Table) -> str:
     """docs/long_range.md, from the files."""
     tasks = "\n\n".join(of_task(table, name) for name in ARENA)
-    picture = f"\n![Accuracy against CPU seconds of a step; bars from the lowest to the highest seed]({PICTURE.name})\n" if figure(table) else ""
+    told = "Accuracy against CPU seconds of a step; bars from the lowest to the highest seed; a frontier where a method left chance"
+    picture = f"\n![{told}]({PICTURE.name})\n" if figure(table) else ""
     paper = [list(row.values()) for row in arena.published()]
     return f"""# The Long Range Arena on two cores
 
