@@ -238,6 +238,19 @@ def test_the_machine_is_described() -> None:
     assert {"rapl", "nvml", "battery", "log", "estimate"} == set(system.meters())
 
 
+def test_the_dtype_probe_is_by_one_thread_whose_own_time_no_neighbor_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, seen = torch.get_num_threads(), set()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(system, "_step", lambda *given: seen.add(torch.get_num_threads()) or 0.01)
+        system.fastest_dtype.cache_clear()
+        system.fastest_dtype(limit_s=0.0)
+        assert seen == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+        system.fastest_dtype.cache_clear()
+
+
 def test_dtype_probe_decides_by_the_ratio_it_measured_and_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.random.get_rng_state()
     system.fastest_dtype.cache_clear()

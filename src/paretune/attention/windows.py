@@ -13,10 +13,9 @@ Shapes: B rows, H heads, T queries, S keys, D features, n tokens, L keys that a 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -210,23 +209,12 @@ def crossover(window: int, device: str = "cpu") -> int:
             lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask),  # noqa: B023
             lambda: banded(query, key, value=value, band=band),  # noqa: B023
         )  # fmt: skip
-        with _one_thread():
+        with clock.one_thread():
             seconds = [[_seconds(way, (query, key, value)) for way in ways] for _ in range(4)]
         masked, chunked = map(min, zip(*seconds[1:], strict=True))
         if chunked < masked:
             return n
     return 2 * n
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for others on a busy machine would be counted as if they worked."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _seconds(way: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psutil
 
@@ -36,6 +37,19 @@ def ticks(device: str) -> Callable[[], float]:
     import torch
 
     return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block torch has one thread, whose own time tells two ways apart on a busy machine, too; threads that wait for each other there would not."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def now(counters: dict[str, float] | None = None) -> Moment:

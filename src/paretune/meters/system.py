@@ -56,7 +56,7 @@ def meters() -> dict[str, str]:
 
 @functools.cache
 def fastest_dtype(device: str = "cpu", *, shapes: tuple[tuple[int, int], ...] = STACK, rows: int = 256, limit_s: float = 0.7) -> Fastest:
-    """Times forward and backward of a small stack of linear maps in fp32 and under bf16 autocast, in turn; the medians decide.
+    """Times forward and backward of a small stack of linear maps in fp32 and under bf16 autocast, in turn, by one thread on a CPU; the medians decide.
 
     Some processors do bf16 over twice as fast, others slower than fp32, and their names don't tell. Bf16 must win by a tenth.
 
@@ -70,7 +70,7 @@ def fastest_dtype(device: str = "cpu", *, shapes: tuple[tuple[int, int], ...] = 
         layers = torch.nn.Sequential(*(torch.nn.Linear(*shape) for shape in shapes)).to(device)
     inputs = torch.ones(rows, shapes[0][0], device=device)
     times: dict[bool, list[float]] = {False: [], True: []}
-    with torch.enable_grad():
+    with torch.enable_grad(), clock.one_thread():
         for low in times:
             _step(layers, inputs, low)
         until = time.perf_counter() + limit_s
