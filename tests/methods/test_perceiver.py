@@ -137,7 +137,8 @@ def test_every_head_with_an_answer_for_each_token_is_refused(name, form):
 
 def test_as_many_classes_as_tokens_of_a_trial_are_no_answers_for_tokens():
     for count in (7, 8):
-        phases.shrink(tiny.model("bert", labels=count), Perceiver(latents=3), None)
+        model = phases.shrink(tiny.model("bert", labels=count), Perceiver(latents=3), None)
+        assert model(**tiny.inputs("bert", batch=2)).logits.shape == (2, count)
 
 
 @pytest.mark.parametrize("name", ["BertForMultipleChoice", "RobertaForMultipleChoice", "DistilBertForMultipleChoice", "ElectraForMultipleChoice"])
