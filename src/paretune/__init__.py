@@ -36,9 +36,9 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
-    classes = registry.class_names()
-    if name in classes:
-        return registry.get(classes[name])
+    method = registry.with_class(name)
+    if method is not None:
+        return registry.get(method)
     raise AttributeError(f"module 'paretune' has no attribute {name!r}")
 
 

@@ -71,6 +71,12 @@ def class_names() -> dict[str, str]:
     return {_dataclass(path).name: name for name, (folder, path) in _files().items() if folder != "recipes"}
 
 
+def with_class(name: str) -> str | None:
+    """The method whose class is called so: `LoRA` -> `lora`. Reads one file at most: Python asks at every `from paretune import ...`."""
+    found = (stem for stem, (folder, _) in _files().items() if folder != "recipes" and stem.replace("_", "") == name.lower())
+    return next((stem for stem in found if _dataclass(_files()[stem][1]).name == name), None)
+
+
 def line_of(name: str) -> str:
     """The one line a named recipe stands for."""
     _, path = _find(name)

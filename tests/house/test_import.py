@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import paretune
 from paretune import registry
 from paretune.card import Card
 from paretune.roles import ROLES
@@ -38,6 +39,13 @@ def test_nothing_heavy_is_imported_and_little_time_suffices(body, most):
         assert not loaded
         found.append(float(seconds))
     assert statistics.median(found) < most
+
+
+def test_a_name_of_the_package_is_found_without_reading_the_catalogue(monkeypatch):
+    read, dataclass = [], registry._dataclass
+    monkeypatch.setattr(registry, "_dataclass", lambda path: read.append(path.stem) or dataclass(path))
+    assert not hasattr(paretune, "phases_") and not hasattr(paretune, "lora_") and not read  # asked at every `from paretune import ...`
+    assert paretune.LoRA is registry.get("lora") and not hasattr(paretune, "LORA") and set(read) == {"lora"}
 
 
 @pytest.mark.parametrize("name", [n for n in registry.names() if not registry.is_recipe(n)])
