@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import cells, growth
 
 WINDOW = 256
-LENGTHS = (128, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (128, 256, 384, 512, 640, 1024, 2048, 4096, 8192, 16384)
 STEPS = LENGTHS[:-1]
 HEADS, SIZE = 4, 64
 PLAIN, AGAIN, LONGFORMER, CHUNKS = "all pairs", "all pairs, again", "longformer", "chunks"

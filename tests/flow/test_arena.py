@@ -72,3 +72,9 @@ def test_a_page_without_results_says_so(tmp_path, monkeypatch):
 def test_the_guide_has_the_table_of_the_files():
     guide = long_range.GUIDE.read_text()
     assert long_range.in_guide(guide, long_range.table()) == guide, "run `python -m benchmarks.long_range --table`"
+
+
+def test_the_page_is_made_of_its_files(monkeypatch):
+    monkeypatch.setattr(long_range, "figure", lambda table: True)  # it writes the picture
+    table = long_range.table()
+    assert table.doc.read_text() == table.made(), "run `python -m benchmarks.long_range --table`"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from torch.nn import functional as F
 
@@ -58,3 +60,7 @@ def test_every_way_computes_attention(what, monkeypatch):
         calls.clear()
         way()
         assert len(calls) >= (1 if what == "attention" else 4), name
+
+
+def test_the_page_is_made_of_its_file():
+    assert windows.PAGE.read_text() == windows.page(json.loads(windows.FILE.read_text())), "run `python -m benchmarks.windows --table`"
