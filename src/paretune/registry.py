@@ -66,9 +66,9 @@ def get(name: str) -> type[Method]:
     return cls
 
 
-def class_names() -> dict[str, str]:
-    """`LoRA` -> `lora`: the class names of the catalogue, in lower case equal to the file name without underscores."""
-    return {_dataclass(path).name: name for name, (folder, path) in _files().items() if folder != "recipes"}
+def class_names() -> list[str]:
+    """The class names of the catalogue, `LoRA` among them: in lower case equal to the file name without underscores."""
+    return [_dataclass(path).name for folder, path in _files().values() if folder != "recipes"]
 
 
 def with_class(name: str) -> str | None:
